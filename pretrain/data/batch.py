@@ -1,0 +1,37 @@
+"""What a model sees of the data: one micro-batch of packed rows as flat [T] tensors with document boundaries.
+
+Legend: T tokens of the micro-batch (rows x seq_len), D the MTP depth, 1+D the prediction depths (0 is next-token).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass
+class PackedBatch:
+    """One micro-batch of `rows` rows, each of exactly `seq_len` tokens, laid end to end; no padding token anywhere.
+
+    Depth k asks, at position i, for token i+k+1 given the hidden state of i and the embedding of token i+k.
+    Everything that lies beyond a row, or beyond a document when documents are masked, has mask 0.
+    """
+
+    inputs: torch.Tensor  # [1+D, T] int64: token i+k, or 0 where there is none
+    labels: torch.Tensor  # [1+D, T] int64: token i+k+1, or 0 where there is none
+    loss_mask: torch.Tensor  # [1+D, T] float32: 1 where that label counts
+    positions: torch.Tensor  # [T] int64: position inside the document, where RoPE restarts
+    cu_seqlens: torch.Tensor  # [documents+1] int32: where attention is cut (row ends always are)
+    max_seqlen: int
+    rows: int
+    seq_len: int
+    sample_ids: tuple[str, ...] = ()  # for logs: which rows these are
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        """The same batch on `device`."""
+        moved: dict[str, Any] = {
+            k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in vars(self).items()
+        }
+        return PackedBatch(**moved)

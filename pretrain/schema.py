@@ -1,0 +1,159 @@
+"""The keys of a run: frozen dataclasses, which are the truth that YAML files and the command line only override.
+
+Every field is a contract (`perilune train PRESET model.num_layers=4`). Words are the papers' and Megatron's; a unit
+stands behind each number that has one. `pretrain/config.py` merges and types overrides; `pretrain/rules.py` refuses
+what does not fit together or is not built.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Model:
+    """A DeepSeek-V3-style decoder: MLA, then dense SwiGLU for the first layers and MoE for the rest, MTP on top.
+
+    Names are those of DeepSeek-V3's config.json (arXiv 2412.19437) where it has one.
+    """
+
+    num_layers: int = 4
+    hidden_size: int = 128
+    num_attention_heads: int = 4
+    q_lora_rank: int | None = 64  # None: queries are projected directly (Moonlight)
+    kv_lora_rank: int = 32
+    qk_nope_head_dim: int = 32
+    qk_rope_head_dim: int = 16
+    v_head_dim: int = 32
+    intermediate_size: int = 256  # FFN size of the dense layers
+    first_k_dense_replace: int = 1  # the first layers that are dense
+    n_routed_experts: int = 8  # 0: no expert layer at all (then first_k_dense_replace == num_layers)
+    n_shared_experts: int = 1
+    num_experts_per_tok: int = 2
+    moe_intermediate_size: int = 64
+    n_group: int = 1
+    topk_group: int = 1
+    routed_scaling_factor: float = 1.0
+    norm_topk_prob: bool = True
+    seq_aux_loss_alpha: float = 1e-4  # alpha of V3 eq. 17; 0 switches the sequence-wise loss off
+    num_nextn_predict_layers: int = 1  # D, the depth of multi-token prediction
+    vocab_size: int = 512
+    rms_norm_eps: float = 1e-6
+    latent_norm_eps: float = 1e-6  # of the norms on the q and kv latents
+    rope_theta: float = 10000.0
+    max_position_embeddings: int = 4096
+    rope_scaling_factor: float = 1.0  # > 1: YaRN (V3 section 4.3)
+    original_max_position_embeddings: int = 4096
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 1.0
+    mscale_all_dim: float = 1.0
+    init_std: float = 0.006
+    tie_word_embeddings: bool = False
+
+
+@dataclass(frozen=True)
+class Train:
+    """How long and how much at once. One of `steps` and `tokens` rules; the other is 0 and follows from it."""
+
+    steps: int = 0
+    tokens: int = 0
+    global_batch_size: int = 8  # rows (of data.seq_len tokens) an optimizer step
+    micro_batch_size: int = 1  # rows a forward pass on one data-parallel rank
+    batch_ramp_tokens: int = 0  # tokens over which the batch grows linearly; 0: no ramp
+    batch_ramp_start: int = 0  # rows at the first step of the ramp
+    seed: int = 1
+    save_every: int = 0  # steps; 0: only at the end
+    log_every: int = 1  # steps between progress lines (metrics.jsonl has every step)
+    keep: int = 2  # newest checkpoints kept; 0: all
+    nonfinite_limit: int = 10  # skipped steps in a row after which the run stops
+    threads: int = 0  # CPU threads a process; 0: cores // processes
+
+
+@dataclass(frozen=True)
+class Valid:
+    path: str | None = None  # a packed dataset; None: the `valid` folder beside data.path if it is there
+    every: int = 0  # steps; 0: never
+    steps: int = 0  # batches of train.global_batch_size rows; 0: the whole set
+
+
+@dataclass(frozen=True)
+class Data:
+    path: str | None = None  # a packed dataset's folder
+    blend: dict[str, float] = field(default_factory=dict)  # several: folder -> weight
+    seq_len: int = 256  # tokens a row; equals the packed dataset's
+    document_mask: bool = True  # RoPE, attention and MTP stop at document boundaries
+    on_damage: Literal["stop", "quarantine"] = "stop"
+    workers: int = 1  # prefetch threads; 0: read in the training thread
+
+
+@dataclass(frozen=True)
+class Optim:
+    name: Literal["adamw", "muon"] = "adamw"
+    lr: float = 3e-4  # the peak
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip: float = 1.0  # global gradient norm; 0: no clipping
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Learning rate, router-bias speed and MTP weight, all by the tokens consumed."""
+
+    lr: Literal["cosine", "multistep", "wsd", "constant"] = "cosine"
+    warmup_tokens: int = 0  # linear from 0
+    min_lr_ratio: float = 0.1  # cosine's and wsd's end, as a part of the peak
+    decay_ratio: float = 0.2  # wsd: the last part of training that decays
+    milestones: tuple[float, ...] = (0.8, 0.9)  # multistep: parts of training (DeepSeek LLM, arXiv 2401.02954)
+    factors: tuple[float, ...] = (0.316, 0.1)  # multistep: parts of the peak from each milestone on
+    bias_update_speed: float = 1e-3  # gamma of V3 section 2.1.2
+    bias_freeze_ratio: float = 0.966  # part of training after which gamma is 0 (V3: 14.3T of 14.8T tokens)
+    mtp_weight: float = 0.3  # lambda of V3 section 2.2
+    mtp_weight_late: float = 0.1
+    mtp_switch_ratio: float = 0.676  # part of training after which the late weight rules (V3: 10T of 14.8T)
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """Degrees of the axes; data parallelism is what remains of the processes. Sequence parallel goes with tp > 1."""
+
+    tp: int = 1
+    pp: int = 1
+    vpp: int = 1
+    ep: int = 1
+    etp: int = 1
+    cp: int = 1
+    layout: str | None = None  # Megatron's pipeline layout string; None: balanced
+    dispatcher: Literal["alltoall", "allgather", "flex"] = "alltoall"
+    zero1: bool = True  # optimizer state sharded over data-parallel ranks
+
+
+@dataclass(frozen=True)
+class Recompute:
+    granularity: Literal["none", "selective", "full"] = "none"
+    modules: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Precision:
+    compute: Literal["fp32", "bf16", "fp16"] = "fp32"
+    fp8: Literal["off", "emulated", "blockwise", "current", "mxfp8"] = "off"
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run. `preset` names where it started from."""
+
+    preset: str = "tiny"
+    model: Model = field(default_factory=Model)
+    train: Train = field(default_factory=Train)
+    valid: Valid = field(default_factory=Valid)
+    data: Data = field(default_factory=Data)
+    optim: Optim = field(default_factory=Optim)
+    schedule: Schedule = field(default_factory=Schedule)
+    parallel: Parallel = field(default_factory=Parallel)
+    recompute: Recompute = field(default_factory=Recompute)
+    precision: Precision = field(default_factory=Precision)
