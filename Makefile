@@ -1,0 +1,53 @@
+# make demo: train a small model here, from nothing, in under ten minutes. make test: everything that a change must pass.
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3.12
+BIN := .venv/bin
+PACKAGES := pretrain parallel moe vision kernels launch
+# One thread a process: tests start several processes, and idle OpenMP threads that spin would slow all of them.
+# Safe path: without it `python -m` puts this folder on sys.path, where `kernels` would hide the PyPI package of that name.
+export OMP_NUM_THREADS ?= 1
+export PYTHONSAFEPATH := 1
+
+.PHONY: help install demo test lint
+
+help:
+	@echo "make demo      install, then make a tokenizer and shards, train, stop, resume and validate a small model"
+	@echo "make test      install, then lint, types, import layers and tests (no GPU)"
+	@echo "make install   .venv with Perilune (editable) and what its tests need; PYTHON=python3.12 chooses the interpreter"
+	@echo "make lint      install, then ruff, mypy and import-linter alone"
+
+install: .venv/.installed
+
+demo: install
+	$(BIN)/perilune demo
+
+test: lint
+	$(BIN)/python -m pytest -q
+
+lint: install
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check --quiet || { echo "ruff format --check: run $(BIN)/ruff format" >&2; exit 1; }
+	@mkdir -p .mypy_cache/root && ln -sfn ../.. .mypy_cache/root/perilune  # mypy does not see an editable install's mapping
+	$(BIN)/mypy $(addprefix -p perilune.,$(PACKAGES)) | sed 's|\.mypy_cache/root/perilune/||'
+	$(BIN)/lint-imports --no-cache --no-logo
+
+# Where $(PYTHON) is but a shim of pyenv for a version that is not switched on, pyenv says which version holds it.
+.venv/.installed: setup.py pyproject.toml
+	@if ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
+	    python="$(PYTHON)"; \
+	    if ! "$$python" -c "" >/dev/null 2>&1 && command -v pyenv >/dev/null; then \
+	        version=$$(pyenv whence "$$python" 2>/dev/null | tail -n 1); \
+	        [ -z "$$version" ] || python=$$(PYENV_VERSION="$$version" pyenv which "$$python"); \
+	    fi; \
+	    "$$python" -c "import sys; sys.exit(sys.version_info < (3, 12))" >/dev/null 2>&1 || { \
+	        found=$$("$$python" --version 2>/dev/null || echo "not found"); \
+	        echo "Perilune needs Python 3.12 or newer; $(PYTHON): $$found. Install it, or name one: make PYTHON=/path/to/python3.12" >&2; \
+	        exit 1; }; \
+	    "$$python" -m venv --clear .venv; \
+	fi
+	@echo "Installing Perilune and its dependencies into .venv (some minutes the first time)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input -e ".[dev]"
+	@touch $@
