@@ -1,0 +1,218 @@
+"""The one file that knows that Megatron-core expects CUDA: a dated list of small patches that let it run on a CPU.
+
+Checked against megatron-core 0.19.2. Nothing of torch is changed for anybody else: each module of Megatron-core gets
+its own view of `torch`, in which `device="cuda"` means the CPU and `torch.cuda` is a stand-in whose streams and events
+do nothing (a CPU runs in order). What cannot be reached that way is in `PATCHES`, each with its cause and the test
+that fails once upstream no longer needs it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_FACTORIES = (
+    "tensor zeros ones empty full arange eye rand randn randint zeros_like ones_like empty_like full_like rand_like "
+    "randn_like as_tensor empty_strided"
+).split()
+# Modules whose `torch` is replaced; those that a run never imports are not forced into memory.
+_MODULES = (
+    "megatron.core.parallel_state",
+    "megatron.core.utils",
+    "megatron.core.tensor_parallel.layers",
+    "megatron.core.tensor_parallel.mappings",
+    "megatron.core.tensor_parallel.random",
+    "megatron.core.tensor_parallel.utils",
+    "megatron.core.tensor_parallel.cross_entropy",
+    "megatron.core.tensor_parallel.data",
+    "megatron.core.pipeline_parallel.schedules",
+    "megatron.core.pipeline_parallel.p2p_communication",
+    "megatron.core.distributed.distributed_data_parallel",
+    "megatron.core.distributed.param_and_grad_buffer",
+    "megatron.core.distributed.finalize_model_grads",
+    "megatron.core.optimizer",
+    "megatron.core.optimizer.optimizer",
+    "megatron.core.optimizer.distrib_optimizer",
+    "megatron.core.optimizer.clip_grads",
+    "megatron.core.optimizer.grad_scaler",
+    "megatron.core.transformer.module",
+    "megatron.core.transformer.attention",
+    "megatron.core.transformer.transformer_block",
+    "megatron.core.transformer.transformer_layer",
+    "megatron.core.transformer.multi_latent_attention",
+    "megatron.core.transformer.multi_token_prediction",
+    "megatron.core.transformer.moe.router",
+    "megatron.core.transformer.moe.moe_utils",
+    "megatron.core.transformer.moe.moe_layer",
+    "megatron.core.transformer.moe.moe_logging",
+    "megatron.core.transformer.moe.token_dispatcher",
+    "megatron.core.transformer.moe.shared_experts",
+    "megatron.core.models.common.embeddings.rotary_pos_embedding",
+    "megatron.core.models.common.embeddings.yarn_rotary_pos_embedding",
+    "megatron.core.models.common.embeddings.rope_utils",
+    "megatron.core.models.gpt.gpt_model",
+    "megatron.core.dist_checkpointing.exchange_utils",
+    "megatron.core.dist_checkpointing.strategies.async_utils",
+    "megatron.core.dist_checkpointing.strategies.filesystem_async",
+    "megatron.core.dist_checkpointing.strategies.fully_parallel",
+    "megatron.core.dist_checkpointing.strategies.state_dict_saver",
+    "megatron.core.dist_checkpointing.strategies.torch",
+)
+
+
+def _on_cpu(device: Any) -> Any:
+    kind = device.type if isinstance(device, torch.device) else device
+    return torch.device("cpu") if isinstance(kind, str) and kind.startswith("cuda") else device
+
+
+class _Nothing:
+    """A stream or an event of a device that runs in order: every method returns at once."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        del args, kwargs
+
+    def __getattr__(self, name: str) -> Callable[..., _Nothing]:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda *args, **kwargs: self
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Nothing)
+
+    def __hash__(self) -> int:
+        return 0
+
+
+class _CpuCuda(types.ModuleType):
+    """`torch.cuda` as Megatron-core's modules see it on a machine without one."""
+
+    Stream = Event = _Nothing
+
+    def __init__(self) -> None:
+        super().__init__("torch.cuda (CPU stand-in)")
+        self.random = types.SimpleNamespace(get_rng_state=self.get_rng_state, set_rng_state=self.set_rng_state)
+        self.nvtx = types.SimpleNamespace(range_push=lambda *_: None, range_pop=lambda *_: None)
+
+    def __getattr__(self, name: str) -> Any:  # what has no stand-in is torch's own (tensor types, exceptions)
+        return getattr(torch.cuda, name)
+
+    @staticmethod
+    def current_device() -> torch.device:
+        return torch.device("cpu")
+
+    @staticmethod
+    def current_stream(*_: Any) -> _Nothing:
+        return _Nothing()
+
+    default_stream = current_stream
+
+    @staticmethod
+    def stream(*_: Any) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    @staticmethod
+    def synchronize(*_: Any) -> None:
+        return None
+
+    empty_cache = set_device = reset_peak_memory_stats = synchronize
+
+    @staticmethod
+    def manual_seed(seed: int) -> None:
+        torch.manual_seed(seed)
+
+    @staticmethod
+    def get_rng_state(*_: Any, **__: Any) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    @staticmethod
+    def set_rng_state(state: torch.Tensor, *_: Any, **__: Any) -> None:
+        torch.set_rng_state(state)
+
+
+class _CpuTorch(types.ModuleType):
+    """`torch` as Megatron-core's modules see it: factories put "cuda" tensors on the CPU."""
+
+    def __init__(self) -> None:
+        super().__init__("torch (CPU view)")
+        self.cuda = _CpuCuda()
+        for name in _FACTORIES:
+            setattr(self, name, self._remapped(getattr(torch, name)))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    @staticmethod
+    def _remapped(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def build(*args: Any, **kwargs: Any) -> torch.Tensor:
+            if "device" in kwargs:
+                kwargs["device"] = _on_cpu(kwargs["device"])
+            return factory(*args, **kwargs)
+
+        return build
+
+
+def _tensor_type_named_cuda(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    """`Tensor.type()`; Megatron's optimizers compare its answer with the strings 'torch.cuda.FloatTensor' and so on."""
+    answer = _TENSOR_TYPE(tensor, *args, **kwargs)
+    if isinstance(answer, str) and sys._getframe(1).f_globals.get("__name__", "").startswith("megatron.core.optimizer"):
+        return answer.replace("torch.", "torch.cuda.", 1)
+    return answer
+
+
+def _tensor_stays(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """`Tensor.cuda()` called by Megatron-core leaves the tensor where it is; anyone else gets torch's own error."""
+    if sys._getframe(1).f_globals.get("__name__", "").startswith("megatron.core"):
+        return tensor
+    return _TENSOR_CUDA(tensor, *args, **kwargs)
+
+
+def _split_sizes_as_ints(tensor: torch.Tensor, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """`moe_utils.maybe_move_tensor_to_cpu` converts only tensors that were on a GPU, but gloo's all-to-all wants ints."""
+    del record_stream
+    return tensor.tolist() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
+def _set_rng_state(new_state: torch.Tensor, device: Any = -1, graph_safe: bool = False) -> None:
+    del device, graph_safe
+    torch.set_rng_state(new_state)
+
+
+_TENSOR_TYPE = torch.Tensor.type
+_TENSOR_CUDA = torch.Tensor.cuda
+# (module, attribute, replacement, why; the test in tests/parallel/test_cpu.py carries the attribute's name)
+PATCHES: tuple[tuple[str, str, Callable[..., Any], str], ...] = (
+    (
+        "megatron.core.transformer.moe.token_dispatcher",
+        "maybe_move_tensor_to_cpu",
+        _split_sizes_as_ints,
+        "2026-11: split sizes that are already on the CPU stay tensors; all_to_all_single wants ints",
+    ),
+    (
+        "megatron.core.tensor_parallel.random",
+        "_set_cuda_rng_state",
+        _set_rng_state,
+        "2026-11: writes to torch.cuda.default_generators, which is empty without a GPU",
+    ),
+)
+
+
+def install() -> None:
+    """Let Megatron-core run on this machine's CPU. Does nothing on a machine with a GPU; safe to call again."""
+    if torch.cuda.is_available():
+        return
+    view = _CpuTorch()
+    for name in _MODULES:
+        module = importlib.import_module(name)
+        if isinstance(getattr(module, "torch", None), _CpuTorch):
+            return  # installed before
+        module.torch = view  # type: ignore[attr-defined]
+    for name, attribute, replacement, _ in PATCHES:
+        setattr(importlib.import_module(name), attribute, replacement)
+    torch.Tensor.type = _tensor_type_named_cuda  # type: ignore[method-assign,assignment]
+    torch.Tensor.cuda = _tensor_stays  # type: ignore[method-assign,assignment]

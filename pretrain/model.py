@@ -1,0 +1,102 @@
+"""From a run's config to this rank's model: the backbone's pieces, in the compute type, behind Megatron-core's DDP."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.transformer.module import Float16Module
+
+from perilune.moe import backbone
+from perilune.moe.init import draw_weights
+from perilune.moe.router import Router, StepScale
+from perilune.parallel import mesh as meshes
+from perilune.parallel import precision
+from perilune.parallel.mesh import Mesh
+from perilune.pretrain.schema import Config
+
+
+def mesh_of(config: Config, world: int) -> Mesh:
+    """The mesh that `config.parallel` asks for on `world` processes. Raises LayoutError with every degree."""
+    p = config.parallel
+    return Mesh(world=world, tp=p.tp, pp=p.pp, vpp=p.vpp, cp=p.cp, ep=p.ep, etp=p.etp)
+
+
+def backbone_config(config: Config, mesh: Mesh) -> backbone.BackboneConfig:
+    """The part of a run's config that shapes the decoder."""
+    granularity = config.recompute.granularity
+    return backbone.BackboneConfig(
+        model=config.model,
+        mesh=mesh,
+        dtype=precision.dtype(config.precision.compute),
+        dispatcher=config.parallel.dispatcher,
+        recompute_granularity=None if granularity == "none" else granularity,
+        recompute_modules=config.recompute.modules,
+    )
+
+
+@dataclass
+class Model:
+    """This rank's chunks of the decoder (one, or vpp of them), each behind Megatron-core's DDP."""
+
+    chunks: list[DistributedDataParallel]
+
+    @property
+    def megatron_config(self) -> Any:
+        """Megatron-core's config, which its schedules and optimizer read."""
+        return self.chunks[0].config
+
+    def bare(self) -> list[backbone.Backbone]:
+        """The chunks without DDP and mixed-precision wrappers."""
+        bare = []
+        for chunk in self.chunks:
+            module = chunk.module
+            bare.append(module.module if isinstance(module, Float16Module) else module)
+        return bare
+
+    def routers(self) -> list[tuple[int, Router]]:
+        """(layer index from 0, router) of this rank's expert layers; MTP's follow after the last layer."""
+        found = []
+        for chunk in self.bare():
+            for module in chunk.modules():
+                if isinstance(module, Router):
+                    after = self.megatron_config.num_layers if module.is_mtp_layer else 0
+                    found.append((int(module.layer_number or 1) - 1 + after, module))
+        return found
+
+    def scales(self) -> list[StepScale]:
+        """What the routers of each chunk know of the global batch."""
+        return [chunk.scale for chunk in self.bare()]
+
+    def train(self, mode: bool = True) -> None:
+        for chunk in self.chunks:
+            chunk.train(mode)
+
+
+def build(config: Config, mesh: Mesh) -> Model:
+    """This rank's model with weights drawn from `train.seed`, on this rank's device."""
+    shape = backbone_config(config, mesh)
+    stages = range(mesh.vpp) if mesh.vpp > 1 else [None]
+    parts: list[torch.nn.Module] = [backbone.build(shape, vp_stage=stage) for stage in stages]
+    for part in parts:
+        part.to(meshes.device())
+        draw_weights(part, config.train.seed, config.model.init_std)
+        for parameter in part.parameters():  # Megatron-core's layers carry marks that its DDP asks for
+            parameter.allreduce = getattr(parameter, "allreduce", True)  # type: ignore[attr-defined]
+    megatron = backbone.transformer_config(shape)
+    if shape.dtype is torch.bfloat16:
+        parts = [Float16Module(megatron, part) for part in parts]
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=False,
+        use_distributed_optimizer=config.parallel.zero1,
+        check_for_nan_in_grad=False,  # a bad gradient skips the step on every rank (pretrain/step.py), not one process
+        bucket_size=None,
+    )
+    chunks = [
+        DistributedDataParallel(parts[0].config, ddp, part, disable_bucketing=index > 0)
+        for index, part in enumerate(parts)
+    ]
+    return Model(chunks)

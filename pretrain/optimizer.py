@@ -1,0 +1,38 @@
+"""AdamW by Megatron-core's distributed optimizer: fp32 masters and moments, sharded over data-parallel ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+from perilune.pretrain.model import Model
+from perilune.pretrain.schema import Config
+
+
+def build(config: Config, model: Model) -> Any:
+    """Megatron-core's optimizer over `model`'s chunks. The learning rate is set each step by `set_learning_rate`."""
+    o = config.optim
+    bf16 = config.precision.compute == "bf16"
+    options = OptimizerConfig(
+        optimizer="adam",
+        lr=o.lr,
+        min_lr=0.0,
+        weight_decay=o.weight_decay,
+        adam_beta1=o.beta1,
+        adam_beta2=o.beta2,
+        adam_eps=o.eps,
+        clip_grad=o.clip,
+        bf16=bf16,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        use_distributed_optimizer=config.parallel.zero1,
+        log_num_zeros_in_grad=False,
+    )
+    return get_megatron_optimizer(options, model.chunks, use_gloo_process_groups=False)
+
+
+def set_learning_rate(optimizer: Any, lr: float) -> None:
+    """The same rate for every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
