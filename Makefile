@@ -39,7 +39,7 @@ lint: install
 	@if ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
 	    python="$(PYTHON)"; \
 	    if ! "$$python" -c "" >/dev/null 2>&1 && command -v pyenv >/dev/null; then \
-	        version=$$(pyenv whence "$$python" 2>/dev/null | tail -n 1); \
+	        version=$$(pyenv whence "$$python" 2>/dev/null | tail -n 1 || true); \
 	        [ -z "$$version" ] || python=$$(PYENV_VERSION="$$version" pyenv which "$$python"); \
 	    fi; \
 	    "$$python" -c "import sys; sys.exit(sys.version_info < (3, 12))" >/dev/null 2>&1 || { \
