@@ -1,9 +1,9 @@
 """Preset < YAML file < command line, merged onto the frozen dataclasses of `pretrain/schema.py` and typed at the leaf.
 
-A key is dotted (`model.num_layers`). Values are read as YAML 1.2, in files and on the command line alike: `off`, `no` and
-`1:30` are text, `1e-4` is a number (PyYAML's YAML 1.1 has it the other way round). Then each leaf is checked strictly
-against its annotation: no text for a number, no true for 1, no 4.0 for 4; a whole number does for a float. Where text
-is what the key holds, the command line takes the value as it stands (`data.path=1e-4` is a path).
+A key is dotted (`model.num_layers`). Values are read as YAML 1.2, in files and on the command line alike: `off`, `no`
+and `1:30` are text, `1e-4` is a number (PyYAML's YAML 1.1 has it the other way round). Then each leaf is checked
+strictly against its annotation: no text for a number, no true for 1, no 4.0 for 4; a whole number does for a float.
+Where text is what the key holds, the command line takes the value as it stands (`data.path=1e-4` is a path).
 
 Every error is an InputError of one line with key, value, what was expected and, for an unknown key, the nearest ones.
 """
@@ -41,7 +41,7 @@ ALLOWED_ON_RESUME = (
     "data.workers",
     "recompute.*",
 )
-"""Keys (or patterns) that a resumed run may change: how long, how it is spread, what is logged; never what is computed."""
+"""Keys and patterns that a resumed run may change: how long, how it is spread, what is logged; not what is computed."""
 
 
 def resolve(
@@ -159,7 +159,7 @@ def _plain(value: Any) -> Any:
 
 
 def _flatten(tree: Any, source: str, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested mappings -> (dotted key, value) of the leaves. An empty section, as when all of it is commented out, is fine."""
+    """Nested mappings -> (dotted key, value) of the leaves. A section may be empty, as when all in it is commented out."""
     if tree is None:
         return
     if not isinstance(tree, Mapping):
@@ -182,14 +182,14 @@ def _section(key: str) -> list[str]:
 def _unknown(key: str, source: str) -> InputError:
     """An error that names the keys nearest to `key`, by the whole of it and by its last part."""
 
-    def likeness(known: str) -> float:
+    def likeness(known: str) -> tuple[float, float]:
         whole = difflib.SequenceMatcher(None, key, known).ratio()
         last = difflib.SequenceMatcher(None, key.rpartition(".")[2], known.rpartition(".")[2]).ratio()
-        return max(whole, last)
+        return (whole + last) / 2, max(whole, last)
 
-    scored = sorted(((likeness(known), known) for known in keys()), key=lambda pair: -pair[0])
-    near = [known for score, known in scored[:3] if score >= max(0.6, scored[0][0] - 0.1)]
-    hint = f"did you mean {' or '.join(near)}?" if near else f"its sections are {', '.join(_sections())}."
+    scored = sorted(((*likeness(known), known) for known in keys()), key=lambda row: -row[0])
+    near = [known for mean, best, known in scored[:3] if best >= 0.6 and mean >= scored[0][0] - 0.1]
+    hint = f"did you mean {' or '.join(near)}?" if near else f"the sections are {', '.join(_sections())}"
     return InputError(f"unknown key {key!r} {source}: {hint}")
 
 
@@ -242,7 +242,7 @@ def _read_text(key: str, text: str, source: str) -> Any:
     if any(t is str or get_origin(t) is Literal for t in _alternatives(hint)):
         return text
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+        return yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError):  # ValueError: a number of thousands of digits
         raise _wrong_type(key, text, text, source) from None
 
@@ -340,6 +340,6 @@ def _read_yaml(path: Path) -> Any:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read the configuration {path}: {error}") from error
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+        return yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError) as error:
         raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
