@@ -1,15 +1,196 @@
-"""Byte-level BPE with Hugging Face `tokenizers`: training, loading, and what a token costs in source bytes."""
+"""Byte-level BPE with Hugging Face `tokenizers`: training, loading, and what each token holds in source bytes.
+
+Words are cut before merging as DeepSeek-V3's tokenizer does (pre-tokenizer of its tokenizer.json: digits in threes,
+CJK runs, then punctuation and letters); its "128K" vocabulary is described in arXiv 2412.19437 section 4.1. Nothing is
+normalised and no space is added, so decoding gives back every byte.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+
+from perilune.pretrain.data import sources as data_sources
+from perilune.pretrain.errors import InputError
+
+BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
+FIM = ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>")
+MEDIA = ("<|media_start|>", "<|media_content|>", "<|media_end|>", "<|media_pad|>")  # Kimi-VL's, by its names
+SPECIAL = (BOS, EOS, PAD, *FIM, *MEDIA)  # ids 0, 1, 2, ... in this order
+
+WORDS = (  # each applied to what the one before left, as in DeepSeek-V3's tokenizer.json
+    r"\p{N}{1,3}",
+    r"[一-龥぀-ゟ゠-ヿ]+",
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
+    r"""| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+""",
+)
+RECIPE = "training.json"  # beside the tokenizer: from what it was trained
+LONG_TEXT = 1 << 20  # characters above which a text is encoded in parts, so that memory stays bounded
 
 
 def train_tokenizer(sources: Sequence[str], out: Path, vocab_size: int) -> Path:
-    """Train on the training split of `sources` and write the folder `out`; returns `out`.
+    """Train on the training split of `sources` and write the folder `out`, which transformers loads; returns `out`.
 
-    Raises InputError for a vocabulary too small for the bytes and special tokens, sources without text, or an `out`
-    that already holds another tokenizer. The same recipe again leaves `out` as it is.
+    The same sources and size give the same bytes. Raises InputError for a vocabulary too small for the 256 bytes and
+    the special tokens or larger than the text can fill, for bad sources, and for an `out` that holds something else.
+    The same recipe again leaves `out` as it is.
     """
-    raise NotImplementedError
+    out = Path(out)
+    least = 256 + len(SPECIAL)
+    if vocab_size < least:
+        raise InputError(f"--vocab-size {vocab_size}: 256 bytes and {len(SPECIAL)} special tokens need at least {least}")
+    files = [file for file in data_sources.find_files(sources) if file.split != "valid"]
+    recipe = {"vocab_size": vocab_size, "words": list(WORDS), "special_tokens": list(SPECIAL)}
+    recipe["files"] = [data_sources.describe(file) for file in files]
+    if out.exists() and any(out.iterdir()):
+        if (out / RECIPE).is_file() and json.loads((out / RECIPE).read_text(encoding="utf-8")) == recipe:
+            return out
+        raise InputError(f"{out} is not empty and was not made from the same text and size; name another --out")
+
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    words = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in WORDS]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [*words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[AddedToken(token, normalized=False, special=True) for token in SPECIAL],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=sys.stderr.isatty(),
+    )
+    texts = (document.text for document in data_sources.read_files(files, "train"))
+    tokenizer.train_from_iterator(texts, trainer)
+    reached = tokenizer.get_vocab_size()
+    if reached != vocab_size:
+        raise InputError(f"--vocab-size {vocab_size}: this text fills only {reached}; ask for that, or give more text")
+    _write(tokenizer, out, recipe)
+    return out
+
+
+def _write(tokenizer: tokenizers.Tokenizer, out: Path, recipe: dict[str, Any]) -> None:
+    """Write the folder under another name, then rename, so that `out` is whole or not there."""
+    names = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD}
+    extra = [*FIM, *MEDIA]
+    config = {
+        **names,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "extra_special_tokens": extra,
+        "clean_up_tokenization_spaces": False,  # the clean-up is not undone by decoding
+        "add_prefix_space": False,
+        "model_max_length": 1 << 30,
+    }
+    contents = {
+        "tokenizer.json": tokenizer.to_str(pretty=True),
+        "tokenizer_config.json": json.dumps(config, indent=1),
+        "special_tokens_map.json": json.dumps({**names, "additional_special_tokens": extra}, indent=1),
+        RECIPE: json.dumps(recipe, indent=1),
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        for name, text in contents.items():
+            (scratch / name).write_text(text + "\n", encoding="utf-8")
+        scratch.chmod(0o755)
+        os.replace(scratch, out)
+    except BaseException:
+        shutil.rmtree(scratch)
+        raise
+
+
+class Tokenizer:
+    """A byte-level tokenizer for packing: text to ids and back, exactly, and the bytes each id stands for."""
+
+    def __init__(self, path: Path, inner: tokenizers.Tokenizer, special: dict[str, int | None]) -> None:
+        self.path = path
+        self.inner = inner
+        inner.encode_special_tokens = True  # `<|eos|>` written in a document is text, and never ends it
+        inner.no_padding()
+        inner.no_truncation()
+        self.bos_id, self.eos_id, self.pad_id = special["bos_token"], special["eos_token"], special["pad_token"]
+        canonical = json.dumps(json.loads(inner.to_str()), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+        self.fingerprint = hashlib.sha256(canonical.encode()).hexdigest()
+        added = inner.get_added_tokens_decoder()
+        vocab = inner.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocab.values()) + 1
+        self.token_bytes = np.zeros(self.vocab_size, dtype=np.uint16)  # [vocab_size]; 0: stands for no text
+        for token, i in vocab.items():
+            if i in added:
+                self.token_bytes[i] = 0 if added[i].special else len(added[i].content.encode())
+            else:
+                self.token_bytes[i] = len(token)  # byte-level: one character a byte
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The ids of each text, int64 [tokens], without special tokens.
+
+        Raises InputError where the ids do not stand for exactly the text's bytes (a tokenizer that alters text).
+        """
+        parts = [list(_parts(text)) for text in texts]
+        encoded = iter(self.inner.encode_batch_fast([p for ps in parts for p in ps], add_special_tokens=False))
+        rows = []
+        for text, ps in zip(texts, parts, strict=True):
+            ids = np.concatenate([np.array(next(encoded).ids, dtype=np.int64) for _ in ps] or [np.zeros(0, np.int64)])
+            held, size = int(self.token_bytes[ids].sum(dtype=np.int64)), len(text.encode())
+            if held != size:
+                raise InputError(f"{self.path}: {size} bytes of text became tokens of {held} bytes ({text[:40]!r}...); "
+                                 "this tokenizer alters text. Use one of `perilune tokenizer train`")
+            rows.append(ids)
+        return rows
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text of `ids`, special tokens spelled out; a character cut in two shows as U+FFFD."""
+        return self.inner.decode([int(i) for i in ids], skip_special_tokens=False)
+
+
+def load_tokenizer(path: Path | str) -> Tokenizer:
+    """Load a tokenizer folder: of `train_tokenizer`, or any byte-level one in transformers' layout with an EOS.
+
+    Raises InputError where files are missing or damaged, the tokenizer is not byte-level, or it names no EOS.
+    """
+    path = Path(path)
+    try:
+        inner = tokenizers.Tokenizer.from_str((path / "tokenizer.json").read_text(encoding="utf-8"))
+        config = json.loads((path / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{error.filename}: missing; make a tokenizer with `perilune tokenizer train`") from error
+    except Exception as error:  # `tokenizers` raises bare Exception for a damaged file
+        raise InputError(f"{path}: not a tokenizer that can be loaded: {error}") from error
+    if '"type":"ByteLevel"' not in inner.to_str():
+        raise InputError(f"{path}: not a byte-level tokenizer; make one with `perilune tokenizer train`")
+    special: dict[str, int | None] = {}
+    for name in ("bos_token", "eos_token", "pad_token"):
+        token = config.get(name)
+        token = token.get("content") if isinstance(token, dict) else token
+        special[name] = inner.token_to_id(token) if token else None
+    if special["eos_token"] is None:
+        raise InputError(f"{path}: its configuration names no eos_token of the vocabulary; documents end with it")
+    return Tokenizer(path, inner, special)
+
+
+def _parts(text: str) -> Iterator[str]:
+    """`text` in parts of about LONG_TEXT characters, cut before a line that starts with a letter or digit.
+
+    WORDS never joins such a line to the newline before it, so the ids are those of the whole text. A text without any
+    newline for that long is cut where it stands: its ids may differ at the cut, its bytes do not.
+    """
+    start = 0
+    while len(text) - start > LONG_TEXT:
+        cut = text.rfind("\n", start, start + LONG_TEXT) + 1
+        while cut > start and not text[cut].isalnum():
+            cut = text.rfind("\n", start, cut - 1) + 1
+        cut = cut if cut > start else start + LONG_TEXT
+        yield text[start:cut]
+        start = cut
+    if start < len(text):
+        yield text[start:]
