@@ -26,8 +26,8 @@ class GroupedExperts(MegatronModule):
         self.w1 = torch.nn.Parameter(torch.empty(E, 2 * F, H, dtype=config.params_dtype))
         self.w2 = torch.nn.Parameter(torch.empty(E, H, F, dtype=config.params_dtype))
         for weight, dim in ((self.w1, 1), (self.w2, 2)):
-            # False: reduced over expert data parallel ranks, not over all (unless the two are the same)
-            weight.allreduce = config.expert_model_parallel_size == 1  # type: ignore[attr-defined]
+            # Reduced over expert data parallel ranks, which are not the others' even at ep=1 when tp and etp differ.
+            weight.allreduce = False  # type: ignore[attr-defined]
             weight.tensor_model_parallel = self.tp_group.size() > 1  # type: ignore[attr-defined]
             weight.partition_dim = dim  # type: ignore[attr-defined]
             weight.partition_stride = 1  # type: ignore[attr-defined]

@@ -172,10 +172,17 @@ def _tensor_stays(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tens
     return _TENSOR_CUDA(tensor, *args, **kwargs)
 
 
+class _Ints(list[int]):
+    """A list where Megatron-core expects a numpy array of split sizes."""
+
+    def tolist(self) -> list[int]:
+        return self
+
+
 def _split_sizes_as_ints(tensor: torch.Tensor, as_numpy: bool = False, record_stream: bool = False) -> Any:
     """`moe_utils.maybe_move_tensor_to_cpu` converts only tensors that were on a GPU, but gloo's all-to-all wants ints."""
     del record_stream
-    return tensor.tolist() if as_numpy and torch.is_tensor(tensor) else tensor
+    return _Ints(tensor.tolist()) if as_numpy and torch.is_tensor(tensor) else tensor
 
 
 def _set_rng_state(new_state: torch.Tensor, device: Any = -1, graph_safe: bool = False) -> None:
