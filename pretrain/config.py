@@ -159,7 +159,7 @@ def _plain(value: Any) -> Any:
 
 
 def _flatten(tree: Any, source: str, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested mappings -> (dotted key, value) of the leaves. A section may be empty, as when all in it is commented out."""
+    """Nested mappings -> (dotted key, value) of the leaves. A section may be empty (all commented out)."""
     if tree is None:
         return
     if not isinstance(tree, Mapping):

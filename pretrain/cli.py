@@ -1,0 +1,252 @@
+"""The command `perilune`: words in, the function that does it, exit code out.
+
+Only click is imported here at the top: `perilune --help` answers at once, and each command imports what it runs.
+Exit codes: 0 done, 1 failed, 2 bad input, 75 preempted with its checkpoint written (start the same command again).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from perilune.pretrain.errors import InputError, Preempted
+
+FAILED, BAD_INPUT, PREEMPTED = 1, 2, 75  # 75: EX_TEMPFAIL of sysexits.h
+
+
+class _Root(click.Group):
+    """Turns the two ways a command ends early on purpose into one line and an exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except InputError as error:
+            click.echo(f"perilune: error: {error}", err=True)
+            ctx.exit(BAD_INPUT)
+        except Preempted as stop:
+            click.echo(f"perilune: preempted: {stop}", err=True)
+            ctx.exit(PREEMPTED)
+
+
+class _PresetCommand(click.Command):
+    """A command that takes a preset and keys; its help ends with the presets there are, looked up only then."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            if "." in error.option_name:
+                message = f"No such option {error.option_name!r}: keys take no dashes, as in train.steps=100"
+                raise click.UsageError(message, ctx) from error
+            raise
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        from perilune.pretrain import presets
+
+        formatter.write_paragraph()
+        formatter.write_text(f"Presets: {', '.join(presets.names())}")
+
+
+FOLDER = click.Path(file_okay=False, path_type=Path)
+FOLDER_THERE = click.Path(file_okay=False, exists=True, path_type=Path)
+FILE_THERE = click.Path(dir_okay=False, exists=True, path_type=Path)
+
+
+@click.group(cls=_Root, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="perilune", message="%(prog)s %(version)s")
+def main() -> None:
+    """Pretrain mixture-of-experts language models, on a laptop's CPU or on a cluster, with the same code.
+
+    \b
+    From nothing to a trained model, one step at a time:
+      perilune doctor                                                    can this machine do it?
+      perilune tokenizer train --out tok --vocab-size 4096 demo:stdlib
+      perilune pack --out packed --tokenizer tok --seq-len 512 demo:stdlib
+      perilune train demo data.path=packed/train --run runs/first --nproc 2
+    or all of it at once:
+      perilune demo
+
+    `perilune COMMAND --help` says more. Exit codes: 0 done, 1 failed, 2 bad input, 75 preempted with a checkpoint
+    written (start the same command again).
+    """
+
+
+@main.command(short_help="What this machine has, what is missing, what that costs.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of tables.")
+@click.pass_context
+def doctor(ctx: click.Context, as_json: bool) -> None:
+    """Say what this machine has, what is missing, what that costs and what to install.
+
+    Imports torch and Megatron-core for real, in a process of its own, and brings up a process group of one: some
+    seconds. Exit code 1 if a model cannot be trained here.
+    """
+    from perilune.pretrain.doctor import main as run
+
+    ctx.exit(run(as_json))
+
+
+@main.group()
+def tokenizer() -> None:
+    """Make a tokenizer."""
+
+
+@tokenizer.command("train")
+@click.option(
+    "--out", type=FOLDER, required=True, help="Folder to write; transformers' PreTrainedTokenizerFast loads it."
+)
+@click.option(
+    "--vocab-size", type=click.IntRange(min=1), metavar="N", required=True, help="Tokens, reserved ones included."
+)
+@click.argument("sources", metavar="SRC...", nargs=-1, required=True)
+def tokenizer_train(out: Path, vocab_size: int, sources: tuple[str, ...]) -> None:
+    """Train a byte-level BPE tokenizer on SRC.
+
+    SRC is a file, a folder, a glob (.txt .md .py, .jsonl[.gz|.zst], .parquet), or demo:stdlib, the source of the
+    running Python's standard library. The same sources give the same tokenizer.
+
+    \b
+    Examples:
+      perilune tokenizer train --out tok --vocab-size 4096 demo:stdlib
+      perilune tokenizer train --out tok --vocab-size 65536 'corpus/**/*.jsonl.zst' notes/
+    """
+    from perilune.pretrain.data.tokenizer import train_tokenizer
+
+    click.echo(f"tokenizer: {train_tokenizer(list(sources), out, vocab_size)}")
+
+
+@main.command(short_help="Documents into packed shards.")
+@click.option("--out", type=FOLDER, required=True, help="Folder to write.")
+@click.option("--tokenizer", type=FOLDER_THERE, required=True, help="Folder of `perilune tokenizer train`.")
+@click.option(
+    "--seq-len", type=click.IntRange(min=2), metavar="N", required=True, help="Tokens a row; the run's data.seq_len."
+)
+@click.option(
+    "--valid-fraction",
+    type=click.FloatRange(0.0, 1.0, max_open=True),
+    metavar="PART",
+    default=0.0,
+    show_default=True,
+    help="Part of the documents held out for validation; demo:stdlib has its own held-out files.",
+)
+@click.option(
+    "--shuffle-seed",
+    type=int,
+    metavar="SEED",
+    help="Shuffle rows within a buffer, by this seed; without it, in the sources' order.",
+)
+@click.option(
+    "--rows-per-shard",
+    type=click.IntRange(min=1),
+    metavar="N",
+    default=4096,
+    show_default=True,
+    help="Rows a tar file.",
+)
+@click.argument("sources", metavar="SRC...", nargs=-1, required=True)
+def pack(
+    out: Path,
+    tokenizer: Path,
+    seq_len: int,
+    valid_fraction: float,
+    shuffle_seed: int | None,
+    rows_per_shard: int,
+    sources: tuple[str, ...],
+) -> None:
+    """Turn SRC into rows of exactly --seq-len tokens, in WebDataset tar shards.
+
+    Documents are cut to fill a row, never padded, and the rows remember where each one begins. Where a part is held out
+    the folder holds `train` and `valid`, and a run that is given `train` finds `valid` beside it.
+
+    \b
+    Examples:
+      perilune pack --out packed --tokenizer tok --seq-len 512 demo:stdlib
+      perilune pack --out packed --tokenizer tok --seq-len 4096 --valid-fraction 0.01 'corpus/*.parquet'
+    """
+    from perilune.pretrain.data.pack import pack as run
+
+    done = run(
+        list(sources),
+        out,
+        tokenizer,
+        seq_len,
+        valid_fraction=valid_fraction,
+        shuffle_seed=shuffle_seed,
+        rows_per_shard=rows_per_shard,
+    )
+    for name, part in done.items():
+        how = "already there" if part["already_there"] else f"{part['seconds']:.1f} s"
+        click.echo(
+            f"{name}: {part['rows']:,} rows, {part['tokens']:,} tokens, {part['documents']:,} documents, "
+            f"{part['raw_bytes']:,} bytes ({how}): {part['path']}"
+        )
+
+
+@main.command(cls=_PresetCommand, short_help="Train a preset, or go on with a run.")
+@click.argument("preset")
+@click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1)
+@click.option("--config", "config_file", type=FILE_THERE, help="YAML of keys, between the preset and KEY=VALUE.")
+@click.option(
+    "--run", "run_dir", type=FOLDER, help="Run directory; one that holds a run is resumed.  [default: a new one]"
+)
+@click.option(
+    "--nproc", type=click.IntRange(min=1), metavar="N", help="Processes to start here; none under RANK and WORLD_SIZE."
+)
+@click.option("--dry-run", is_flag=True, help="Print the resolved configuration, the layout and counts; train nothing.")
+@click.option("--profile", is_flag=True, help="Write a trace that Perfetto opens.")
+@click.option("--init-from", type=FOLDER_THERE, metavar="CHECKPOINT", help="Start from the weights of a checkpoint.")
+@click.pass_context
+def train(
+    ctx: click.Context,
+    preset: str,
+    overrides: tuple[str, ...],
+    config_file: Path | None,
+    run_dir: Path | None,
+    nproc: int | None,
+    dry_run: bool,
+    profile: bool,
+    init_from: Path | None,
+) -> None:
+    """Train PRESET, with any of its keys changed by KEY=VALUE.
+
+    The same command on the same --run directory goes on where it stopped, bitwise. Only the keys of length, layout and
+    logging may differ then: train.steps, parallel.* and their like.
+
+    \b
+    Examples:
+      perilune train tiny data.path=packed/train train.steps=20
+      perilune train demo data.path=packed/train --run runs/first --nproc 2
+      perilune train demo data.path=packed/train --run runs/first --nproc 2 train.steps=400
+      perilune train proxy_100m --config mine.yaml optim.lr=1e-3 'schedule.milestones=[0.8, 0.9]'
+      perilune train deepseek_v3 parallel.pp=16 parallel.ep=8 --nproc 2048 --dry-run
+      torchrun --nproc-per-node 8 --no-python perilune train proxy_100m data.path=packed/train --run runs/a
+    """
+    from perilune.pretrain.train_command import train_command
+
+    ctx.exit(train_command(preset, overrides, config_file, run_dir, nproc, dry_run, profile, init_from))
+
+
+@main.command(short_help="All of it once, small.")
+@click.option(
+    "--run",
+    "run_dir",
+    type=FOLDER,
+    default=Path("runs/demo"),
+    show_default=True,
+    help="Run directory; what is there already is not made again.",
+)
+@click.pass_context
+def demo(ctx: click.Context, run_dir: Path) -> None:
+    """Everything once, in under ten minutes on two cores: tokenizer, shards, train, stop, resume, validate.
+
+    Text is the source of the running Python's standard library, so nothing is downloaded. At the end: bits per byte on
+    held-out files beside what `xz -9` makes of them, and where TensorBoard's events are.
+    """
+    from perilune.pretrain.demo import main as run
+
+    ctx.exit(run(run_dir))
+
+
+if __name__ == "__main__":
+    main()
