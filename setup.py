@@ -22,6 +22,7 @@ setup(
         "torch>=2.11",
         "megatron-core>=0.19,<0.20",  # the layer specs and the patch list of parallel/cpu.py are for 0.19
         "numpy",
+        "packaging",
         "pydantic>=2.7",
         "pyyaml",
         "click>=8.1",

@@ -14,6 +14,8 @@ from hypothesis import settings
 # Before torch is imported anywhere: processes started by tests share the cores, and inherit both.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["PYTHONSAFEPATH"] = "1"
+# `python -m pytest` puts this repository on sys.path, where `kernels` would hide the PyPI package of that name.
+sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parents[1]]
 
 settings.register_profile("perilune", deadline=None, max_examples=50, derandomize=True, print_blob=True)
 settings.load_profile("perilune")
