@@ -36,11 +36,11 @@ def collate(rows: Sequence[Row], depth: int, document_mask: bool, sample_ids: Se
     loss_mask = np.zeros(inputs.shape, np.float32)
     for k in range(depth + 1):
         ahead = k + 1
-        inputs[k, : tokens.size - k] = tokens[k:]
+        inputs[k, : max(0, tokens.size - k)] = tokens[k:]
         inputs[k] *= left > k
-        labels[k, : tokens.size - ahead] = tokens[ahead:]
+        labels[k, : max(0, tokens.size - ahead)] = tokens[ahead:]
         labels[k] *= left > ahead
-        loss_mask[k, : tokens.size - ahead] = allowed[ahead:]
+        loss_mask[k, : max(0, tokens.size - ahead)] = allowed[ahead:]
         loss_mask[k] *= left > ahead
     return PackedBatch(
         inputs=torch.from_numpy(inputs),

@@ -7,6 +7,7 @@ Written last and atomically: a folder without it is not a dataset yet. It carrie
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 from pathlib import Path
@@ -38,7 +39,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_bytes())
     except FileNotFoundError as error:
         raise InputError(
-            f"{folder}: no {NAME}, so this is not a packed dataset, or packing was cut short; run `perilune pack` (again)"
+            f"{folder}: no {NAME}: not a packed dataset, or packing was cut short; run `perilune pack` (again)"
         ) from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON: {error}. Pack or copy the dataset again") from error
@@ -65,8 +66,10 @@ def read_token_bytes(folder: Path, manifest: dict[str, Any]) -> np.ndarray:
         raise InputError(f"{path}: missing; pack or copy the dataset again") from error
     if hashlib.sha256(data).hexdigest() != manifest["token_bytes"]["sha256"]:
         raise InputError(f"{path}: damaged (its SHA-256 is not the manifest's); pack or copy the dataset again")
-    with path.open("rb") as stream:
-        return np.lib.format.read_array(stream, allow_pickle=False)
+    table = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+    if table.dtype != np.uint16 or table.shape != (manifest["tokenizer"]["vocab_size"],):
+        raise InputError(f"{path}: {table.dtype} of shape {table.shape}, not the vocabulary's; pack the dataset again")
+    return table
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -106,10 +109,14 @@ def _check(manifest: dict[str, Any]) -> None:
             raise ValueError(f"shard name {name!r} is not the plain name of a .tar file")
         end = 0
         for key, offset, length, crc in shard["samples"]:
-            if not (isinstance(key, str) and end <= offset and 0 < length and offset + length <= size and 0 <= crc):
-                raise ValueError(f"{name}, sample {key!r}: offset {offset}, length {length} of {size} bytes")
+            numbers = all(isinstance(number, int) for number in (offset, length, crc, size))
+            if not (isinstance(key, str) and numbers and end <= offset < offset + length <= size < 1 << 62):
+                raise ValueError(f"{name}, sample {key!r}: offset {offset!r}, length {length!r} of {size!r} bytes")
+            if crc >> 32:
+                raise ValueError(f"{name}, sample {key!r}: CRC-32 {crc}")
             end = offset + length
         rows += len(shard["samples"])
     if rows != manifest["rows"] or rows * manifest["seq_len"] != manifest["tokens"]:
-        raise ValueError(f"{rows} samples of {manifest['seq_len']} tokens, but rows {manifest['rows']}, "
-                         f"tokens {manifest['tokens']}")
+        raise ValueError(
+            f"{rows} samples of {manifest['seq_len']} tokens, but rows {manifest['rows']}, tokens {manifest['tokens']}"
+        )

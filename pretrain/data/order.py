@@ -19,7 +19,7 @@ def permute(indices: np.ndarray, n: int, *key: object) -> np.ndarray:
     `key` is anything with a plain text form: seed, epoch, name. Raises ValueError for an index out of range.
     """
     values = np.asarray(indices)
-    if values.size and not (0 <= values.min() and values.max() < n < 1 << 62):
+    if values.size and (values.min() < 0 or not values.max() < n < 1 << 62):
         raise ValueError(f"indices {values.min()}..{values.max()} out of range: [0, {n}) with n < 2^62 is the rule")
     out = values.astype(np.uint64).reshape(-1)
     bits = max(2, (n - 1).bit_length())

@@ -66,10 +66,12 @@ def pack(
     coder = load_tokenizer(tokenizer)
     files = data_sources.find_files(sources)
     if valid_fraction and all(file.split for file in files):
-        raise InputError(f"--valid-fraction {valid_fraction}: {', '.join(sources)} holds out files of its own; leave it out")
+        raise InputError(
+            f"--valid-fraction {valid_fraction}: {', '.join(sources)} holds out files of its own; leave it out"
+        )
     splits: list[Split | None] = ["train", "valid"] if valid_fraction or any(f.split for f in files) else [None]
     described = {file: data_sources.describe(file) for file in files}
-    stats = {}
+    stats: dict[str, Any] = {}
     for split in splits:
         mine = [file for file in files if file.split in (None, split)]
         recipe = {

@@ -46,8 +46,8 @@ class PackedDataset:
         self._places = np.array([sample[1:] for sample in samples], dtype=np.int64)  # [rows, (offset, length, crc32)]
         self._open: OrderedDict[int, int] = OrderedDict()  # shard -> file descriptor, least recently used first
         self._lock = threading.Lock()
-        for shard in shards:
-            self._check_size(shard["name"], shard["bytes"])
+        for number, shard in enumerate(shards):
+            self._check_size(number, shard["bytes"])
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -95,16 +95,17 @@ class PackedDataset:
                 self._open[shard] = os.open(self.path / self._names[shard], os.O_RDONLY | os.O_CLOEXEC)
             return os.pread(self._open[shard], length, offset)
 
-    def _check_size(self, name: str, size: int) -> None:
-        path = self.path / name
+    def _check_size(self, shard: int, size: int) -> None:
+        path = self.path / self._names[shard]
         if not path.is_file():
             raise DamageError(f"{path}: this shard is missing; copy it again, or pack the dataset again")
-        if path.stat().st_size != size:
-            last = self._names.index(name)
-            cut = [i for i in range(self._first[last], self._first[last + 1])
-                   if self._places[i, 0] + self._places[i, 1] > path.stat().st_size]  # fmt: skip
-            reached = f", so samples from {self.sample_id(cut[0])} at byte {self._places[cut[0], 0]} on are cut" if cut else ""
+        found = path.stat().st_size
+        if found != size:
+            first, last = self._first[shard], self._first[shard + 1]
+            ends = self._places[first:last, 0] + self._places[first:last, 1]
+            cut = first + int(np.searchsorted(ends, found, side="right"))  # the first sample that is not whole
+            lost = f"; lost from {self.sample_id(cut)} at byte {self._places[cut, 0]} on" if cut < last else ""
             raise DamageError(
-                f"{path}: {path.stat().st_size} bytes, the manifest says {size}{reached}. "
-                "Copy the shard again, or pack the dataset again"
+                f"{path}: {found} bytes, the manifest says {size}{lost}. "
+                "Copy the shard again from where it came, or pack the dataset again"
             )

@@ -245,8 +245,10 @@ def _parquet(file: SourceFile) -> Iterator[tuple[str, str]]:
             for group in range(table.num_row_groups):
                 size = table.metadata.row_group(group).column(leaves.index("text")).total_uncompressed_size
                 if size > MAX_ROW_GROUP_BYTES:
-                    raise InputError(f"{file.name}: row group {group} unpacks to {size} bytes of text; the limit is "
-                                     f"{MAX_ROW_GROUP_BYTES}. Write it with smaller row groups")
+                    raise InputError(
+                        f"{file.name}: row group {group} unpacks to {size} bytes of text; the limit is "
+                        f"{MAX_ROW_GROUP_BYTES}. Write it with smaller row groups"
+                    )
                 for batch in table.iter_batches(1024, row_groups=[group], columns=["text"]):
                     for value in batch.column(0):
                         row += 1
@@ -279,5 +281,5 @@ def _encodable(text: str, source: str) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise InputError(f"{source}: half a surrogate pair at character {error.start}; it is not Unicode text") from error
+        raise InputError(f"{source}: half a surrogate pair at character {error.start}: not Unicode text") from error
     return text

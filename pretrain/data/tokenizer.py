@@ -49,7 +49,7 @@ def train_tokenizer(sources: Sequence[str], out: Path, vocab_size: int) -> Path:
     out = Path(out)
     least = 256 + len(SPECIAL)
     if vocab_size < least:
-        raise InputError(f"--vocab-size {vocab_size}: 256 bytes and {len(SPECIAL)} special tokens need at least {least}")
+        raise InputError(f"--vocab-size {vocab_size}: 256 bytes and {len(SPECIAL)} special tokens need {least} or more")
     files = [file for file in data_sources.find_files(sources) if file.split != "valid"]
     recipe = {"vocab_size": vocab_size, "words": list(WORDS), "special_tokens": list(SPECIAL)}
     recipe["files"] = [data_sources.describe(file) for file in files]
@@ -112,13 +112,14 @@ def _write(tokenizer: tokenizers.Tokenizer, out: Path, recipe: dict[str, Any]) -
 class Tokenizer:
     """A byte-level tokenizer for packing: text to ids and back, exactly, and the bytes each id stands for."""
 
-    def __init__(self, path: Path, inner: tokenizers.Tokenizer, special: dict[str, int | None]) -> None:
+    def __init__(self, path: Path, inner: tokenizers.Tokenizer, eos_id: int, special: dict[str, int | None]) -> None:
         self.path = path
+        self.eos_id = eos_id
         self.inner = inner
         inner.encode_special_tokens = True  # `<|eos|>` written in a document is text, and never ends it
         inner.no_padding()
         inner.no_truncation()
-        self.bos_id, self.eos_id, self.pad_id = special["bos_token"], special["eos_token"], special["pad_token"]
+        self.bos_id, self.pad_id = special["bos_token"], special["pad_token"]
         canonical = json.dumps(json.loads(inner.to_str()), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
         self.fingerprint = hashlib.sha256(canonical.encode()).hexdigest()
         added = inner.get_added_tokens_decoder()
@@ -143,8 +144,10 @@ class Tokenizer:
             ids = np.concatenate([np.array(next(encoded).ids, dtype=np.int64) for _ in ps] or [np.zeros(0, np.int64)])
             held, size = int(self.token_bytes[ids].sum(dtype=np.int64)), len(text.encode())
             if held != size:
-                raise InputError(f"{self.path}: {size} bytes of text became tokens of {held} bytes ({text[:40]!r}...); "
-                                 "this tokenizer alters text. Use one of `perilune tokenizer train`")
+                raise InputError(
+                    f"{self.path}: {size} bytes of text became tokens of {held} bytes ({text[:40]!r}...); "
+                    "this tokenizer alters text. Use one of `perilune tokenizer train`"
+                )
             rows.append(ids)
         return rows
 
@@ -173,9 +176,10 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
         token = config.get(name)
         token = token.get("content") if isinstance(token, dict) else token
         special[name] = inner.token_to_id(token) if token else None
-    if special["eos_token"] is None:
+    eos_id = special["eos_token"]
+    if eos_id is None:
         raise InputError(f"{path}: its configuration names no eos_token of the vocabulary; documents end with it")
-    return Tokenizer(path, inner, special)
+    return Tokenizer(path, inner, eos_id, special)
 
 
 def _parts(text: str) -> Iterator[str]:

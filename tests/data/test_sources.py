@@ -1,0 +1,96 @@
+"""SRC to documents: every kind of file gives the same text, and what cannot be read says why."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+
+from perilune.pretrain.data import sources
+from perilune.pretrain.data.sources import documents, find_files, held_out_bytes
+from perilune.pretrain.errors import InputError
+
+TEXTS = ["one\r\ntwo\n", "naïve 漢字 🙂\x00 NUL", " lead and trail "]
+
+
+def lines() -> bytes:
+    return "\n".join(json.dumps({"text": text, "id": i}) for i, text in enumerate(TEXTS)).encode() + b"\n\n"
+
+
+def test_every_kind_of_file_gives_the_same_documents(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(lines())
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines()))
+    two_frames = zstandard.compress(lines()[:40]) + zstandard.compress(lines()[40:])
+    (tmp_path / "c.jsonl.zst").write_bytes(two_frames)
+    table = pyarrow.table({"n": [1, 2, 3], "text": TEXTS})
+    pyarrow.parquet.write_table(table, tmp_path / "d.parquet", row_group_size=2)
+    for i, text in enumerate(TEXTS):
+        (tmp_path / f"e{i}.txt").write_bytes(text.encode())
+    (tmp_path / "ignored.png").write_bytes(b"\x89PNG")
+    (tmp_path / "f-empty.md").write_bytes(b"")
+    found = list(documents([str(tmp_path)]))
+    assert [d.text for d in found] == TEXTS * 5
+    assert len({d.source for d in found}) == len(found)
+    assert [d.text for d in documents([str(tmp_path / "e*.txt")])] == TEXTS
+    assert len(find_files([str(tmp_path), str(tmp_path / "a.jsonl")])) == len(find_files([str(tmp_path)])), "each once"
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "says"),
+    [
+        ("x.txt", b"caf\xe9", "not UTF-8.*0xe9 at offset 3.*iconv"),
+        ("x.jsonl", b'{"text": "ok"}\n{"text": 5}\n', r"x\.jsonl:2.*string `text`"),
+        ("x.jsonl", b'{"body": "ok"}\n', r"\['body'\]"),
+        ("x.jsonl", b'{"text": "\\ud800"}\n', "surrogate"),
+        ("x.jsonl", b"[" * 200_000, r"x\.jsonl:1: not a line of JSON"),
+        ("x.jsonl.gz", gzip.compress(lines())[:-12], "cannot be unpacked"),
+        ("x.jsonl.zst", b"not zstd", "cannot be unpacked"),
+        ("x.parquet", b"PAR1 no", "not a Parquet file"),
+        ("x.docx", b"?", r"unknown ending; known are \.txt"),
+    ],
+)
+def test_bad_input_names_the_file_and_the_rule(tmp_path: Path, name: str, data: bytes, says: str) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(InputError, match=says):
+        list(documents([str(tmp_path / name)]))
+
+
+@pytest.mark.parametrize("spec", ["missing.txt", "none*.txt", "demo:other"])
+def test_a_source_that_finds_nothing_is_an_error(tmp_path: Path, spec: str) -> None:
+    with pytest.raises(InputError, match=r"no such file|no file matches|only demo source"):
+        find_files([spec if ":" in spec else str(tmp_path / spec)])
+    with pytest.raises(InputError, match="no file below"):
+        find_files([str(tmp_path)])
+
+
+def test_a_decompression_bomb_is_refused_before_it_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "MAX_DOCUMENT_BYTES", 1 << 16)
+    bomb = b'{"text": "' + b"a" * (1 << 24) + b'"}\n'
+    for name, data in {"x.jsonl.gz": gzip.compress(bomb), "x.jsonl.zst": zstandard.compress(bomb)}.items():
+        (tmp_path / name).write_bytes(data)
+        assert len(data) < 1 << 16, "the packed file is within the limit"
+        with pytest.raises(InputError, match=r"x\.jsonl.*:1: a line beyond the limit"):
+            list(documents([str(tmp_path / name)]))
+
+
+def test_the_standard_library_is_split_by_file() -> None:
+    train = {d.source: d.text for d in documents(["demo:stdlib"], "train")}
+    valid = {d.source: d.text for d in documents(["demo:stdlib"], "valid")}
+    assert not train.keys() & valid.keys()
+    assert {d.source for d in documents(["demo:stdlib"])} == train.keys() | valid.keys()
+    assert 0.01 < len(valid) / len(train) < 0.12
+    assert not any("/test/" in name or "site-packages" in name for name in train | valid)
+    assert "stdlib/json/decoder.py" in train | valid
+    assert held_out_bytes("demo:stdlib") == "".join(valid.values()).encode()
+
+
+def test_valid_fraction_splits_by_text(corpus: str, texts: list[str]) -> None:
+    train = [d.text for d in documents([corpus], "train", 0.2)]
+    valid = [d.text for d in documents([corpus], "valid", 0.2)]
+    assert sorted(train + valid) == sorted(texts) and not set(train) & set(valid)
+    assert 0.12 < len(valid) / len(texts) < 0.28
