@@ -17,7 +17,7 @@ setup(
     python_requires=">=3.12",  # megatron-core 0.19 needs it; on 3.11 pip silently falls back to 0.16
     packages=packages,
     package_dir={"perilune": "."},
-    package_data={"perilune.pretrain": ["py.typed"]},
+    package_data={"": ["py.typed"]},
     install_requires=[
         "torch>=2.11",
         "megatron-core>=0.19,<0.20",  # the layer specs and the patch list of parallel/cpu.py are for 0.19
