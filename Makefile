@@ -20,6 +20,7 @@ help:
 	@echo "make lint      install, then ruff, mypy and import-linter alone"
 
 install: .venv/.installed
+	@:
 
 demo: install
 	$(BIN)/perilune demo
