@@ -10,7 +10,7 @@ import hashlib
 
 import numpy as np
 
-ROUNDS = 8
+ROUNDS = 8  # even, so that halves of unequal width end where they began
 
 
 def permute(indices: np.ndarray, n: int, *key: object) -> np.ndarray:

@@ -256,13 +256,15 @@ def valid_batches(
     order = permute(np.arange(count), len(dataset), "valid", dataset.fingerprint).tolist()
     at_once = dp_size * micro_batch_size
     blanks = -count % at_once
-    for micro in deal(count + blanks, dp_rank, dp_size, micro_batch_size).tolist():
-        rows = []
-        for place in micro:
-            row = dataset[order[place] if place < count else order[0]]
-            rows.append(row if place < count else replace(row, loss_mask=np.zeros_like(row.loss_mask)))
-        names = [dataset.sample_id(order[place]) if place < count else "blank" for place in micro]
-        batch = collate(rows, depth, document_mask, names)
-        counted = batch.labels[0].numpy()[batch.loss_mask[0].numpy() > 0]
-        yield batch, int(dataset.token_bytes[counted].sum(dtype=np.int64))
-    dataset.close()
+    try:
+        for micro in deal(count + blanks, dp_rank, dp_size, micro_batch_size).tolist():
+            rows = []
+            for place in micro:
+                row = dataset[order[place] if place < count else order[0]]
+                rows.append(row if place < count else replace(row, loss_mask=np.zeros_like(row.loss_mask)))
+            names = [dataset.sample_id(order[place]) if place < count else "blank" for place in micro]
+            batch = collate(rows, depth, document_mask, names)
+            counted = batch.labels[0].numpy()[batch.loss_mask[0].numpy() > 0]
+            yield batch, int(dataset.token_bytes[counted].sum(dtype=np.int64))
+    finally:
+        dataset.close()

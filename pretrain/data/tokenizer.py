@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -36,6 +37,7 @@ WORDS = (  # each applied to what the one before left, as in DeepSeek-V3's token
     r"""| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+""",
 )
 RECIPE = "training.json"  # beside the tokenizer: from what it was trained
+NOT_BLANK = re.compile(r"[ \t]*[!-~\w]")  # the beginning of a line that holds more than white space
 LONG_TEXT = 1 << 20  # characters above which a text is encoded in parts, so that memory stays bounded
 
 
@@ -183,15 +185,15 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
 
 
 def _parts(text: str) -> Iterator[str]:
-    """`text` in parts of about LONG_TEXT characters, cut before a line that starts with a letter or digit.
+    """`text` in parts of about LONG_TEXT characters, cut before a line that is not blank.
 
-    WORDS never joins such a line to the newline before it, so the ids are those of the whole text. A text without any
-    newline for that long is cut where it stands: its ids may differ at the cut, its bytes do not.
+    WORDS never joins such a line to the newline before it, so the ids are those of the whole text. A text without such
+    a line for that long is cut where it stands: its ids may differ at the cut, its bytes do not.
     """
     start = 0
     while len(text) - start > LONG_TEXT:
         cut = text.rfind("\n", start, start + LONG_TEXT) + 1
-        while cut > start and not text[cut].isalnum():
+        while cut > start and not NOT_BLANK.match(text, cut):
             cut = text.rfind("\n", start, cut - 1) + 1
         cut = cut if cut > start else start + LONG_TEXT
         yield text[start:cut]

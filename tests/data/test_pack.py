@@ -89,7 +89,7 @@ def test_plan_keeps_every_token_once_and_rows_are_full(lengths: list[int], seq_l
 
 
 def test_few_documents_are_split() -> None:
-    """Median 600, lognormal, rows of 8192: whole documents fill nearly everything; cutting every row would split 2407."""
+    """Median 600, lognormal, rows of 8192: whole documents fill nearly everything (a cut at every row: 2407)."""
     lengths = np.random.default_rng(0).lognormal(np.log(600), 1, 20_000).astype(int) + 1
     rows, _ = plan([Piece(doc, 0, int(length)) for doc, length in enumerate(lengths)], 8192)
     splits = sum(piece.start > 0 for row in rows for piece in row)

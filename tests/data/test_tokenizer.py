@@ -53,7 +53,8 @@ def test_two_processes_train_the_same_bytes(tmp_path: Path, corpus: str, tokeniz
 def test_a_long_text_is_encoded_in_parts_that_change_nothing(
     tokenizer: Tokenizer, texts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    long = "\n".join(texts)
+    code = "\n".join("    " * (i % 4) + f"(x_{i} +  1)\n" * (i % 3) + " \n\r\n\t\n" * (i % 2) for i in range(300))
+    long = "\n".join(texts) + code
     assert len(long) > 10 * 3000
     whole = tokenizer.encode_batch([long])[0].tolist()
     monkeypatch.setattr(module, "LONG_TEXT", 3000)
