@@ -52,6 +52,7 @@ class BackboneConfig:
     mesh: Mesh
     dtype: torch.dtype = torch.float32
     dispatcher: str = "alltoall"
+    fp8: str = "off"  # Transformer Engine's recipe: blockwise (V3 section 3.3), current, mxfp8
     recompute_granularity: str | None = None
     recompute_modules: tuple[str, ...] = ()
 
@@ -78,6 +79,10 @@ def transformer_config(config: BackboneConfig) -> MLATransformerConfig:
             "moe_grouped_gemm": True,
             "moe_token_dispatcher_type": config.dispatcher,
         }
+    fp8: dict[str, Any] = {}
+    if config.fp8 != "off":
+        recipe = {"blockwise": "blockwise", "current": "tensorwise", "mxfp8": "mxfp8"}[config.fp8]
+        fp8 = {"fp8": "e4m3", "fp8_recipe": recipe}
     yarn = m.rope_scaling_factor > 1
     return MLATransformerConfig(
         num_layers=m.num_layers,
@@ -129,6 +134,7 @@ def transformer_config(config: BackboneConfig) -> MLATransformerConfig:
         recompute_method="uniform" if config.recompute_granularity == "full" else None,
         recompute_num_layers=1 if config.recompute_granularity == "full" else None,
         **moe,
+        **fp8,
     )
 
 

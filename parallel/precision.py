@@ -63,3 +63,10 @@ def with_eps(norm: Any, eps: float) -> Any:
 def dtype(compute: str) -> torch.dtype:
     """The type of weights and activations in forward and backward; masters and optimizer state are fp32."""
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[compute]
+
+
+def name() -> str:
+    """Which modules compute, for the log."""
+    if torch.cuda.is_available() and have_transformer_engine():
+        return "Transformer Engine's modules"
+    return "our modules in Megatron-core's local spec"

@@ -76,9 +76,14 @@ def from_dict(tree: Mapping[str, Any], source: str = "in the configuration") -> 
     return _replace(Config(), _checked(_flatten(tree, source), source))
 
 
+def to_yaml(config: Config) -> str:
+    """`config` as the YAML text that `save` writes."""
+    return yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
 def save(config: Config, path: Path) -> None:
     """Write `config` to `path` as YAML, whole or not at all."""
-    text = yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    text = to_yaml(config)
     partial = path.with_name(f"{path.name}.partial.{os.getpid()}")
     partial.write_text(text, encoding="utf-8", newline="")
     partial.replace(path)

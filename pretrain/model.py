@@ -32,6 +32,7 @@ def backbone_config(config: Config, mesh: Mesh) -> backbone.BackboneConfig:
         mesh=mesh,
         dtype=precision.dtype(config.precision.compute),
         dispatcher=config.parallel.dispatcher,
+        fp8=config.precision.fp8,
         recompute_granularity=None if granularity == "none" else granularity,
         recompute_modules=config.recompute.modules,
     )

@@ -12,7 +12,7 @@ from perilune.pretrain.schema import Config
 
 
 def build(config: Config, model: Model) -> Any:
-    """Megatron-core's optimizer over `model`'s chunks. The learning rate is set each step by `set_learning_rate`."""
+    """Megatron-core's optimizer over `model`'s chunks. `train_step` sets the learning rate."""
     o = config.optim
     bf16 = config.precision.compute == "bf16"
     options = OptimizerConfig(
@@ -31,8 +31,3 @@ def build(config: Config, model: Model) -> Any:
     )
     return get_megatron_optimizer(options, model.chunks, use_gloo_process_groups=False)
 
-
-def set_learning_rate(optimizer: Any, lr: float) -> None:
-    """The same rate for every group."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr

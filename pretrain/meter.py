@@ -1,0 +1,68 @@
+"""The speed of a step, and the peak that MFU is a fraction of: a GPU's published figure, a CPU's measured matmul."""
+
+from __future__ import annotations
+
+import time
+from functools import cache
+
+import torch
+
+from perilune.parallel import precision
+from perilune.pretrain.plan.counts import flops_per_token
+from perilune.pretrain.schema import Config
+from perilune.pretrain.timetable import StepPlan
+
+# Dense bf16 TFLOP/s without sparsity, from NVIDIA's datasheets; the first name that the device's holds rules.
+_BF16_TFLOPS = {"GB200": 2500, "B200": 2250, "H200": 989, "H100 NVL": 835, "H100 PCIe": 756, "H100": 989, "H800": 989,
+                "GH200": 989, "A100": 312, "A800": 312, "L40S": 362, "L40": 181}  # fmt: skip
+
+
+@cache
+def peak(dtype: torch.dtype) -> tuple[str, float | None]:
+    """(name of the peak, FLOP/s of one process's device or None where it is not known).
+
+    On a CPU all processes call this at the same time, so that each measures its share of the machine.
+    """
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+        for name, tflops in _BF16_TFLOPS.items():
+            if name in device and dtype is torch.bfloat16:
+                return f"{name} dense bf16, {tflops} TFLOP/s", tflops * 1e12
+        return f"unknown for {device} in {dtype}", None
+    n = 1024
+    a, b = torch.randn(n, n, dtype=dtype), torch.randn(n, n, dtype=dtype)
+    best = float("inf")
+    for _ in range(6):
+        began = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - began)
+    rate = 2 * n**3 / best
+    return f"measured {n}x{n} matmul, {rate / 1e9:.0f} GFLOP/s a process", rate
+
+
+class Meter:
+    """Speed of a step: tokens a second of the whole run, MFU, and how long it waited for data."""
+
+    def __init__(self, config: Config, world: int) -> None:
+        peak_name, peak_rate = peak(precision.dtype(config.precision.compute))
+        self.name = f"MFU of {peak_name}"
+        self._seq_len = config.data.seq_len
+        self._flops = flops_per_token(config.model, config.data.seq_len).training
+        self._peak = peak_rate * world if peak_rate else None
+
+    def start(self) -> None:
+        self._began = time.perf_counter()
+
+    def data_ready(self) -> None:
+        self._data_wait = time.perf_counter() - self._began
+
+    def figures(self, todo: StepPlan) -> dict[str, float | None]:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        rate = todo.rows * self._seq_len / (time.perf_counter() - self._began)
+        return {
+            "lr": todo.lr,
+            "tokens_per_s": rate,
+            "mfu": rate * self._flops / self._peak if self._peak else None,
+            "data_wait_s": self._data_wait,
+        }

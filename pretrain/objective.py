@@ -1,0 +1,30 @@
+"""What is minimised: an objective is `(losses, batch, weights) -> loss sum, token count, metrics`.
+
+T tokens of the micro-batch, D the MTP depth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from perilune.pretrain.data.batch import PackedBatch
+
+# (per-token losses [1+D, T], batch, MTP weight lambda) -> (sum to differentiate, main-loss tokens, sums to log)
+Objective = Callable[[torch.Tensor, PackedBatch, float], tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]
+
+
+def next_token(
+    losses_DT: torch.Tensor, batch: PackedBatch, mtp_weight: float
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Next-token loss plus lambda/D times the sum of the deeper depths' (V3 eq. 24 and 25), as sums over tokens.
+
+    Megatron-core divides the sum of all ranks' and micro-batches' gradients by the sum of the counts: every depth is
+    divided by the global batch's main-loss tokens, whatever the layout.
+    """
+    sums_D = (losses_DT * batch.loss_mask).sum(-1)
+    counts_D = batch.loss_mask.sum(-1)
+    depth = sums_D.numel() - 1
+    objective = sums_D[0] + (mtp_weight / depth) * sums_D[1:].sum() if depth else sums_D[0]
+    return objective, counts_D[0].to(torch.int), {"sums": sums_D.detach(), "counts": counts_D}

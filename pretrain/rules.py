@@ -1,0 +1,144 @@
+"""What does not fit together, or is not built yet, is refused before a process starts: one sentence with the values."""
+
+from __future__ import annotations
+
+from perilune.pretrain.errors import InputError
+from perilune.pretrain.schema import Config, Model
+
+
+def check(config: Config, world: int, gpus: int) -> None:
+    """Raise InputError for the first thing in `config` that cannot run on `world` processes with `gpus` GPUs here."""
+    for problem in (*_not_built(config, gpus), *_model(config.model), *_layout(config, world)):
+        raise InputError(problem)
+
+
+def _not_built(config: Config, gpus: int) -> list[str]:
+    p, precision = config.parallel, config.precision
+    problems = []
+    if precision.compute == "fp16":
+        problems.append(
+            "precision.compute=fp16 is not supported: on CPU it is hundreds of times slower than bf16, and it needs loss "
+            "scaling that is not built; use precision.compute=bf16"
+        )
+    if precision.fp8 == "emulated":
+        problems.append("precision.fp8=emulated is not built yet; use precision.fp8=off")
+    elif precision.fp8 != "off" and not gpus:
+        problems.append(f"precision.fp8={precision.fp8} needs a GPU, and there is none here; use precision.fp8=off")
+    elif precision.fp8 != "off" and precision.compute != "bf16":
+        problems.append(f"precision.fp8={precision.fp8} needs precision.compute=bf16, not {precision.compute}")
+    elif precision.fp8 != "off":
+        from perilune.parallel.precision import have_transformer_engine
+
+        if not have_transformer_engine():
+            problems.append(
+                f"precision.fp8={precision.fp8} needs Transformer Engine: pip install 'perilune[gpu]', or use "
+                "precision.fp8=off"
+            )
+    if config.optim.name != "adamw":
+        problems.append(f"optim.name={config.optim.name} is not built yet; use optim.name=adamw")
+    for axis in ("vpp", "cp"):
+        if getattr(p, axis) > 1:
+            problems.append(f"parallel.{axis}={getattr(p, axis)} is not built yet; use parallel.{axis}=1")
+    if p.layout is not None:
+        problems.append(f"parallel.layout={p.layout!r} is not built yet; leave it out for equal stages")
+    if p.dispatcher == "flex":
+        problems.append("parallel.dispatcher=flex is not built yet; use alltoall or allgather")
+    if p.etp > 1 and p.ep > 1 and not gpus:
+        problems.append(
+            f"parallel.ep={p.ep} with parallel.etp={p.etp} needs uneven all-gathers, which gloo lacks; set one to 1"
+        )
+    if config.recompute.granularity != "none":
+        problems.append(f"recompute.granularity={config.recompute.granularity} is not built yet; use none")
+    if config.recompute.modules:
+        problems.append(f"recompute.modules={list(config.recompute.modules)} is not built yet; leave it empty")
+    if config.data.on_damage != "stop":
+        problems.append(f"data.on_damage={config.data.on_damage} is not built yet; use stop")
+    if config.model.tie_word_embeddings:
+        problems.append("model.tie_word_embeddings=true is not built; DeepSeek-V3 unties them: set it to false")
+    if not config.model.norm_topk_prob:
+        problems.append("model.norm_topk_prob=false is not built; V3's router normalises its weights: set it to true")
+    return problems
+
+
+def _model(m: Model) -> list[str]:
+    problems = []
+    positive = "num_layers hidden_size num_attention_heads kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim "
+    for name in (positive + "intermediate_size vocab_size").split():
+        if getattr(m, name) < 1:
+            problems.append(f"model.{name}={getattr(m, name)} must be at least 1")
+    if m.qk_rope_head_dim % 2:
+        problems.append(f"model.qk_rope_head_dim={m.qk_rope_head_dim} must be even: RoPE turns pairs")
+    if not 0 <= m.first_k_dense_replace <= m.num_layers:
+        problems.append(
+            f"model.first_k_dense_replace={m.first_k_dense_replace} must be between 0 and model.num_layers={m.num_layers}"
+        )
+    if not m.n_routed_experts:
+        if m.first_k_dense_replace != m.num_layers:
+            problems.append(
+                f"model.n_routed_experts=0 makes a dense model: set model.first_k_dense_replace={m.num_layers} "
+                f"(it is {m.first_k_dense_replace})"
+            )
+        return problems
+    if m.first_k_dense_replace == m.num_layers:
+        problems.append(
+            f"all {m.num_layers} layers are dense (model.first_k_dense_replace) but model.n_routed_experts="
+            f"{m.n_routed_experts}: set it to 0"
+        )
+    K, M, G, E = m.num_experts_per_tok, m.topk_group, m.n_group, m.n_routed_experts
+    if E % G:
+        problems.append(f"model.n_routed_experts={E} does not divide into model.n_group={G} equal groups")
+    elif not 1 <= M <= G:
+        problems.append(f"model.topk_group={M} must be between 1 and model.n_group={G}")
+    elif not 1 <= K <= M * (E // G):
+        problems.append(
+            f"model.num_experts_per_tok={K} must be between 1 and the experts of {M} groups of {E // G}: {M * (E // G)}"
+        )
+    elif G > 1 and (K % M or K // M > E // G):
+        problems.append(
+            f"a group's score is the sum of its best K/M = {K}/{M} experts (V3 section 2.1.2): "
+            f"model.num_experts_per_tok must be a multiple of model.topk_group, at most {M * (E // G)}"
+        )
+    return problems
+
+
+def _layout(config: Config, world: int) -> list[str]:
+    m, p = config.model, config.parallel
+    problems = []
+    shared = m.n_shared_experts * m.moe_intermediate_size
+    for axis, degree, sizes in (
+        (
+            "tp",
+            p.tp,
+            {
+                "num_attention_heads": m.num_attention_heads,
+                "vocab_size": m.vocab_size,
+                "hidden_size": m.hidden_size,
+                "intermediate_size": m.intermediate_size,
+                "q_lora_rank": m.q_lora_rank or 0,
+                "kv_lora_rank + model.qk_rope_head_dim": m.kv_lora_rank + m.qk_rope_head_dim,
+                "n_shared_experts * model.moe_intermediate_size": shared,
+            },
+        ),
+        ("etp", p.etp, {"moe_intermediate_size": m.moe_intermediate_size}),
+        ("ep", p.ep, {"n_routed_experts": m.n_routed_experts}),
+        ("pp", p.pp, {"num_layers": m.num_layers}),
+    ):
+        for name, size in sizes.items():
+            if degree > 1 and size % degree:
+                problems.append(f"model.{name}={size} does not divide by parallel.{axis}={degree}")
+    if p.ep > 1 and not m.n_routed_experts:
+        problems.append(f"parallel.ep={p.ep} needs experts, and model.n_routed_experts=0; use parallel.ep=1")
+    tokens = config.train.micro_batch_size * config.data.seq_len
+    if p.tp > 1 and tokens % p.tp:
+        problems.append(
+            f"sequence parallel splits train.micro_batch_size*data.seq_len = {tokens} tokens over parallel.tp={p.tp}, "
+            "which does not divide them"
+        )
+    dp = world // (p.tp * p.pp * p.cp)
+    at_once = dp * config.train.micro_batch_size
+    if dp and config.train.global_batch_size % at_once:
+        problems.append(
+            f"train.global_batch_size={config.train.global_batch_size} rows does not divide by {dp} data-parallel ranks "
+            f"x train.micro_batch_size={config.train.micro_batch_size} = {at_once}"
+        )
+    return problems

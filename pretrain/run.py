@@ -1,0 +1,131 @@
+"""A training run, told once: config -> mesh -> model -> data -> [step]* -> checkpoint."""
+
+from __future__ import annotations
+
+import signal
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from perilune.kernels import attention
+from perilune.parallel import mesh as meshes
+from perilune.parallel import precision
+from perilune.pretrain import checkpoint, model, optimizer
+from perilune.pretrain.data.stream import DataState, Stream, open_stream, valid_batches
+from perilune.pretrain.errors import Preempted
+from perilune.pretrain.metrics import RunLog
+from perilune.pretrain.objective import next_token
+from perilune.pretrain.meter import Meter
+from perilune.pretrain.profiling import Trace, explain_out_of_memory
+from perilune.pretrain.schema import Config
+from perilune.pretrain.step import evaluate, train_step
+from perilune.pretrain.timetable import Timetable
+
+
+def run(config: Config, run_dir: Path, world: int, *, init_from: Path | None = None, profile: bool = False) -> None:
+    """Train in this process, one of `world` joined by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, to the end.
+
+    Continues from the newest checkpoint of `run_dir`. Raises Preempted once a SIGTERM or SIGINT has led to a
+    checkpoint, InputError for data or checkpoints that cannot be used, FloatingPointError after too many bad steps.
+    """
+    stop = _Stop()
+    mesh = model.mesh_of(config, world)
+    meshes.start(mesh)
+    net = model.build(config, mesh)
+    optim = optimizer.build(config, net)
+    stream = open_stream(
+        config.data, config.train.seed, depth=config.model.num_nextn_predict_layers, vocab_size=config.model.vocab_size
+    )
+    step, state = _position(run_dir, net, optim, stream, init_from)
+    plan = Timetable(config, mesh.dp)
+    meter = Meter(config, world)
+
+    with ExitStack() as stack:
+        stack.callback(stream.close)
+        log = RunLog(run_dir, step=step, total_steps=plan.total_steps, log_every=config.train.log_every,
+                     writes=dist.get_rank() == 0)  # fmt: skip
+        stack.callback(log.close)
+        log.say(f"{mesh.describe()} dp={mesh.dp}; {precision.name()}; attention by {attention.name()}; {meter.name}")
+        log.say(f"step {step} of {plan.total_steps}, {state.tokens:,} of {plan.total_tokens:,} tokens are done")
+        trace = Trace(run_dir) if profile else None
+        bad_in_a_row = 0
+        while step < plan.total_steps:
+            meter.start()
+            todo = plan.at(state.tokens)
+            batches = stream.micro_batches(
+                state, todo.rows, parallel_state.get_data_parallel_rank(), mesh.dp, config.train.micro_batch_size
+            )
+            meter.data_ready()
+            with explain_out_of_memory(run_dir, net.bare(), optim):
+                result = train_step(net, optim, batches, next_token, todo, clip=config.optim.clip, stop=stop.asked)
+            step, state = step + 1, stream.advance(state, todo.rows)
+            figures = meter.figures(todo)
+
+            if config.valid.every and (step % config.valid.every == 0 or step == plan.total_steps):
+                log.validated(*_validate(config, net, stream, mesh.dp))
+            log.step(step, state.tokens, result, figures)
+            bad_in_a_row = bad_in_a_row + 1 if result.skipped else 0
+            if result.skipped:
+                log.say(f"  not finite, nothing changed; rows: {', '.join(i for b in batches for i in b.sample_ids)}")
+            if bad_in_a_row >= config.train.nonfinite_limit:
+                raise FloatingPointError(
+                    f"{bad_in_a_row} steps in a row up to step {step} were not finite (train.nonfinite_limit); the last "
+                    f"checkpoint is intact in {run_dir / 'checkpoints'}"
+                )
+            if trace is not None and trace.step(log.say):
+                trace = None
+
+            every = config.train.save_every
+            if step == plan.total_steps or result.stop or (every and step % every == 0):
+                at = {"step": step, "data": state.to_dict()}
+                checkpoint.save(run_dir / "checkpoints", step, net, optim, at, keep=config.train.keep)
+            if result.stop and step < plan.total_steps:
+                raise Preempted(f"stopped on request after step {step} of {plan.total_steps}, checkpoint written")
+    meshes.stop()
+
+
+def _position(
+    run_dir: Path, net: model.Model, optim: object, stream: Stream, init_from: Path | None
+) -> tuple[int, DataState]:
+    """Where the run stands: at its newest checkpoint, or at the start, with the weights of `init_from` if given."""
+    newest = checkpoint.latest(run_dir / "checkpoints")
+    if newest is None:
+        if init_from is not None:
+            checkpoint.init_from(init_from, net, optim)
+        return 0, stream.initial_state()
+    saved = checkpoint.load(newest, net, optim)
+    state = DataState.from_dict(saved["data"])
+    stream.check_state(state)
+    return saved["step"], state
+
+
+def _validate(config: Config, net: model.Model, stream: Stream, dp: int) -> tuple[float, float]:
+    """(loss in nats a token, bits a byte) on the validation set."""
+    batches = valid_batches(
+        str(config.valid.path),
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=dp,
+        micro_batch_size=config.train.micro_batch_size,
+        depth=config.model.num_nextn_predict_layers,
+        document_mask=config.data.document_mask,
+        seq_len=config.data.seq_len,
+        max_rows=config.valid.steps * config.train.global_batch_size,
+        vocab_size=config.model.vocab_size,
+        tokenizer_fingerprint=stream.tokenizer_fingerprint,
+    )
+    return evaluate(net, batches, next_token)
+
+
+class _Stop:
+    """Set by SIGTERM or SIGINT; the ranks agree at the end of each step, so that all stop after the same one."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number: int, frame: object) -> None:
+        del number, frame
+        self.asked = True

@@ -1,0 +1,212 @@
+"""One optimizer step: Megatron-core's pipeline schedule runs the objective, then all ranks agree on what follows.
+
+L expert layers of the whole model (MTP's included), E routed experts, D the MTP depth.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from perilune.moe.backbone import packed_params
+from perilune.parallel import mesh as meshes
+from perilune.pretrain.data.batch import PackedBatch
+from perilune.pretrain.model import Model
+from perilune.pretrain.objective import Objective
+from perilune.pretrain.timetable import StepPlan
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step did, equal on every rank."""
+
+    loss: float  # next-token, mean over the global batch's counted tokens, nats
+    mtp_loss: float | None  # mean over D of each depth's own mean; None without MTP
+    aux_loss: float | None  # sum_i f_i P_i, mean over rows and expert layers (1 in perfect balance), without alpha
+    grad_norm: float  # before clipping
+    skipped: bool  # a loss or gradient was not finite: no weight, bias or moment changed
+    load_LE: torch.Tensor | None  # routed tokens of each expert of each expert layer, global
+    memory: int  # bytes: the largest rank's peak (allocated on GPU, resident on CPU)
+    stop: bool  # some rank was asked to stop
+
+
+def _forward(iterator: Iterator[PackedBatch], model: Any, objective: Objective, mtp_weight: float) -> tuple[Any, Any]:
+    batch = next(iterator).to(meshes.device())
+    losses = model(
+        input_ids=batch.inputs,
+        position_ids=batch.positions[None],
+        attention_mask=None,
+        labels=batch.labels,
+        packed_seq_params=packed_params(batch.cu_seqlens, batch.max_seqlen),
+    )
+    return losses, partial(objective, batch=batch, mtp_weight=mtp_weight)
+
+
+def _run_schedule(
+    model: Model, batches: list[PackedBatch], objective: Objective, mtp_weight: float, forward_only: bool
+) -> list[dict[str, torch.Tensor]]:
+    first = batches[0]
+    iterators = [iter(batches) for _ in model.chunks]
+    return get_forward_backward_func()(
+        forward_step_func=partial(_forward, objective=objective, mtp_weight=mtp_weight),
+        data_iterator=iterators if len(iterators) > 1 else iterators[0],
+        model=model.chunks if len(model.chunks) > 1 else model.chunks[0],
+        num_microbatches=len(batches),
+        seq_length=first.rows * first.seq_len,  # a pack is one sequence to the pipeline's messages
+        micro_batch_size=1,
+        forward_only=forward_only,
+    )
+
+
+def _loss_sums(outputs: list[dict[str, torch.Tensor]], depths: int) -> torch.Tensor:
+    """[2, depths] float64: sums and counts of this rank's micro-batches, once for all tensor-parallel ranks."""
+    total = torch.zeros(2, depths, dtype=torch.float64, device=meshes.device())
+    if parallel_state.get_tensor_model_parallel_rank() == 0:
+        for out in outputs:
+            total += torch.stack((out["sums"], out["counts"])).double()
+    return total
+
+
+def train_step(
+    model: Model,
+    optimizer: Any,
+    batches: list[PackedBatch],
+    objective: Objective,
+    todo: StepPlan,
+    *,
+    clip: float,
+    stop: bool = False,
+) -> StepResult:
+    """Forward and backward over this rank's micro-batches of a global batch, then the update.
+
+    Weights, moments and router biases change only if the loss and every gradient are finite on every rank.
+    """
+    config = model.megatron_config
+    config.finalize_model_grads_func = finalize_model_grads
+    config.moe_router_bias_update_rate = todo.bias_speed
+    rows = _tell_routers(model, batches)
+    for group in optimizer.param_groups:
+        group["lr"] = todo.lr
+    for chunk in model.chunks:
+        chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+    routers = model.routers()
+    biases = [router.expert_bias.clone() for _, router in routers]
+    outputs = _run_schedule(model, batches, objective, todo.mtp_weight, forward_only=False)
+    optimizer.prepare_grads()
+    norm = float(optimizer.get_grad_norm())
+    layers = config.num_layers + (config.mtp_num_layers or 0)
+    experts = config.num_moe_experts or 0
+    sums, load_LE, balance = _reduce(model, outputs, layers, experts)
+    memory, bad, stop = _agree(not (math.isfinite(norm) and bool(sums.isfinite().all())), stop)
+    if bad:
+        for (_, router), bias in zip(routers, biases, strict=True):
+            router.expert_bias.copy_(bias)
+    else:
+        _update(optimizer, norm, clip)
+    means = (sums[0] / sums[1].clamp(min=1)).tolist()
+    used = load_LE.sum(-1) > 0
+    return StepResult(
+        loss=means[0],
+        mtp_loss=sum(means[1:]) / len(means[1:]) if len(means) > 1 else None,
+        aux_loss=balance / (rows * int(used.sum())) if experts and config_alpha(model) > 0 else None,
+        grad_norm=norm,
+        skipped=bad,
+        load_LE=load_LE[used] if experts else None,
+        memory=memory,
+        stop=stop,
+    )
+
+
+def config_alpha(model: Model) -> float:
+    """The weight of the sequence-wise loss."""
+    return model.scales()[0].alpha
+
+
+def _tell_routers(model: Model, batches: list[PackedBatch]) -> int:
+    """Give the routers the global batch's counts; returns its rows."""
+    count = torch.tensor(
+        [sum(float(b.loss_mask[0].sum()) for b in batches), float(sum(b.rows for b in batches))],
+        dtype=torch.float64,
+        device=meshes.device(),
+    )
+    dist.all_reduce(count, group=parallel_state.get_data_parallel_group())
+    for scale in model.scales():
+        scale.tokens_per_row = batches[0].seq_len
+        scale.loss_tokens_per_row = float(count[0] / count[1])
+    return int(count[1])
+
+
+def _reduce(
+    model: Model, outputs: list[dict[str, torch.Tensor]], layers: int, experts: int
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Loss sums and counts [2, 1+D], expert load [layers, E] and the balance sum over all processes, in one message."""
+    depths = 1 + (model.megatron_config.mtp_num_layers or 0)
+    device = meshes.device()
+    load = torch.zeros(layers, experts, dtype=torch.float64, device=device)
+    balance = torch.zeros(1, dtype=torch.float64, device=device)
+    for layer, router in model.routers():
+        load[layer] += router.load_E
+        balance += router.balance_sum
+        router.load_E.zero_()
+        router.balance_sum.zero_()
+    message = torch.cat((_loss_sums(outputs, depths).flatten(), load.flatten(), balance))
+    dist.all_reduce(message)
+    sums, rest = message[: 2 * depths].view(2, depths).cpu(), message[2 * depths :].cpu()
+    return sums, rest[:-1].view(layers, experts), float(rest[-1])
+
+
+def _agree(bad: bool, stop: bool) -> tuple[int, bool, bool]:
+    """(largest peak memory in bytes, whether any rank is bad, whether any asks to stop)."""
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    message = torch.tensor([peak, bad, stop], dtype=torch.float64, device=meshes.device())
+    dist.all_reduce(message, op=dist.ReduceOp.MAX)
+    memory, any_bad, any_stop = message.tolist()
+    return int(memory), bool(any_bad), bool(any_stop)
+
+
+def _update(optimizer: Any, norm: float, clip: float) -> None:
+    """Clip by the global norm and step, from Megatron-core's parts: its own `step` would not look at the norm."""
+    if clip > 0:
+        for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+            if parameters := part.get_parameters():
+                clip_grad_by_total_norm_fp32(parameters, max_norm=clip, total_norm=norm)
+    optimizer.step_with_ready_grads()
+
+
+@torch.no_grad()
+def evaluate(
+    model: Model, batches: Iterator[tuple[PackedBatch, int]], objective: Objective
+) -> tuple[float, float]:
+    """(next-token loss in nats a token, bits a UTF-8 byte) over this rank's batches and their bytes, all ranks' together."""
+    depths = 1 + (model.megatron_config.mtp_num_layers or 0)
+    total = torch.zeros(2, depths, dtype=torch.float64, device=meshes.device())
+    bytes_counted = torch.zeros(1, dtype=torch.float64, device=meshes.device())
+    model.train(False)
+    for batch, size in batches:
+        for scale in model.scales():
+            scale.tokens_per_row = batch.seq_len
+        outputs = _run_schedule(model, [batch], objective, 0.0, forward_only=True)
+        total += _loss_sums(outputs, depths)
+        if parallel_state.get_tensor_model_parallel_rank() == 0 and parallel_state.is_pipeline_last_stage():
+            bytes_counted += size
+    model.train(True)
+    message = torch.cat((total[:, 0], bytes_counted))
+    dist.all_reduce(message)
+    nats, count, size = message.tolist()
+    return nats / max(count, 1.0), nats / math.log(2) / max(size, 1.0)

@@ -1,0 +1,39 @@
+"""The plan of a run in tokens: how many rows a step takes, and with which rates, from the schedules."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from perilune.pretrain import schedule
+from perilune.pretrain.schema import Config
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What one step is to do; all but `rows` goes to `train_step`."""
+
+    rows: int
+    lr: float
+    mtp_weight: float  # lambda, V3 section 2.2
+    bias_speed: float  # gamma, V3 section 2.1.2
+
+
+class Timetable:
+    """The schedules of `config` for `dp` data-parallel ranks."""
+
+    def __init__(self, config: Config, dp: int) -> None:
+        self._config = config
+        self._multiple = dp * config.train.micro_batch_size
+        self.total_tokens = schedule.total_tokens(config.train, config.data.seq_len, self._multiple)
+        self.total_steps = schedule.total_steps(config.train, config.data.seq_len, self._multiple)
+
+    def at(self, tokens: int) -> StepPlan:
+        """The step that starts after `tokens` tokens. The learning rate is that of the step's last token."""
+        c, end = self._config, self.total_tokens
+        rows = schedule.global_batch_rows(c.train, c.data.seq_len, tokens, self._multiple)
+        return StepPlan(
+            rows=rows,
+            lr=schedule.learning_rate(c.optim, c.schedule, tokens + rows * c.data.seq_len, end),
+            mtp_weight=schedule.mtp_weight(c.schedule, tokens, end),
+            bias_speed=schedule.bias_update_speed(c.schedule, tokens, end),
+        )

@@ -1,0 +1,112 @@
+"""`perilune train`: the resolved run checked before any process starts, then started, or joined under RANK."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import sys
+from pathlib import Path
+
+from perilune.launch import local
+from perilune.pretrain import config as configs
+from perilune.pretrain import rules
+from perilune.pretrain.errors import InputError
+from perilune.pretrain.schema import Config
+
+
+def train_command(
+    preset: str,
+    overrides: tuple[str, ...],
+    config_file: Path | None,
+    run_dir: Path | None,
+    nproc: int | None,
+    dry_run: bool,
+    profile: bool,
+    init_from: Path | None,
+) -> int:
+    """Train `preset` with `overrides` in `run_dir` (default `runs/PRESET`); returns the exit code.
+
+    Under RANK and WORLD_SIZE this process is one of a run that somebody else started, and starts none.
+    Raises InputError for what cannot run.
+    """
+    config = _with_valid(configs.resolve(preset, overrides, config_file))
+    run_dir = (run_dir or Path("runs") / preset).resolve()
+    gpus = _gpus()
+    inside = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    world = int(os.environ["WORLD_SIZE"]) if inside else nproc or _processes(config, gpus)
+    rules.check(config, world, gpus)
+    if dry_run:
+        print(describe(config, world, run_dir))
+        return 0
+    if init_from is not None and not init_from.is_dir():
+        raise InputError(f"--init-from {init_from}: no such checkpoint folder")
+    if int(os.environ.get("RANK", "0")) == 0 or not inside:
+        _prepare(config, run_dir)
+    if inside:
+        from perilune.pretrain.run import run
+
+        run(config, run_dir, world, init_from=init_from, profile=profile)
+        return 0
+    again = [sys.executable, "-m", "perilune.pretrain.cli", "train", preset, *overrides, "--run", str(run_dir)]
+    again += ["--config", str(config_file)] if config_file else []
+    again += ["--profile"] if profile else []
+    again += ["--init-from", str(init_from)] if init_from else []
+    code = local.run(again, world, run_dir / "logs", config.train.threads)
+    if code == 0:
+        print(f"done: {run_dir}\nnext: tensorboard --logdir {run_dir / 'tensorboard'}")
+    elif code == 75:
+        print(f"preempted, checkpoint written; the same command continues: {run_dir}")
+    return code
+
+
+def describe(config: Config, world: int, run_dir: Path) -> str:
+    """The resolved run as text: config, layout, counts."""
+    from perilune.pretrain.plan.counts import table
+    from perilune.pretrain.timetable import Timetable
+
+    p = config.parallel
+    dp = world // (p.tp * p.pp * p.cp)
+    plan = Timetable(config, dp)
+    layout = f"{world} processes: tp={p.tp} pp={p.pp} vpp={p.vpp} cp={p.cp} dp={dp}; experts ep={p.ep} etp={p.etp}"
+    length = f"{plan.total_steps:,} steps, {plan.total_tokens:,} tokens"
+    return "\n".join([configs.to_yaml(config), f"layout: {layout}", f"length: {length}", f"run: {run_dir}", "",
+                      table(config.model, config.data.seq_len)])  # fmt: skip
+
+
+def _with_valid(config: Config) -> Config:
+    """`valid.path` beside `data.path`, where it is not named and is there."""
+    if config.valid.path is None and config.data.path is not None:
+        beside = Path(config.data.path).parent / "valid"
+        if (beside / "manifest.json").is_file() and beside != Path(config.data.path):
+            return dataclasses.replace(config, valid=dataclasses.replace(config.valid, path=str(beside)))
+    if config.valid.path is None and config.valid.every and config.data.path is not None:
+        raise InputError(
+            f"valid.every={config.valid.every}, but valid.path is not set and there is no packed dataset at "
+            f"{Path(config.data.path).parent / 'valid'}; set valid.path, or valid.every=0"
+        )
+    return config
+
+
+def _gpus() -> int:
+    """GPUs that this process could use, without the seconds that importing torch takes where there are none."""
+    if not any(Path("/dev").glob("nvidia[0-9]*")):
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _processes(config: Config, gpus: int) -> int:
+    """Every GPU, or the fewest processes that the degrees need."""
+    p = config.parallel
+    return gpus or math.lcm(p.tp * p.cp, p.etp * p.ep) * p.pp
+
+
+def _prepare(config: Config, run_dir: Path) -> None:
+    """A new run's folder with its config, or a check that this is a run to continue."""
+    file = run_dir / "config.yaml"
+    if file.exists():
+        configs.check_resume(configs.load(file), config)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    configs.save(config, file)
