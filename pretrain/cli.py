@@ -188,7 +188,7 @@ def pack(
 @click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1)
 @click.option("--config", "config_file", type=FILE_THERE, help="YAML of keys, between the preset and KEY=VALUE.")
 @click.option(
-    "--run", "run_dir", type=FOLDER, help="Run directory; one that holds a run is resumed.  [default: a new one]"
+    "--run", "run_dir", type=FOLDER, help="Run directory; one that holds a run is resumed.  [default: runs/PRESET]"
 )
 @click.option(
     "--nproc", type=click.IntRange(min=1), metavar="N", help="Processes to start here; none under RANK and WORLD_SIZE."
