@@ -1,0 +1,82 @@
+"""The one table between our checkpoints and Hugging Face's: each of their tensors is a block of one of ours.
+
+DeepSeek-V3's hub names (experts one by one, MTP layers after the last layer with copies of embedding and head). Read
+forwards it exports, read backwards it imports; a tensor that is not in it does not exist.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from perilune.pretrain.schema import Model
+
+
+@dataclass(frozen=True)
+class Block:
+    """`theirs` (of `shape`) is `ours[index]`, with `index` counted in the global tensor `ours` of a checkpoint."""
+
+    theirs: str
+    shape: tuple[int, ...]
+    ours: str
+    index: tuple[int | slice, ...] = ()
+    fp32: bool = False  # stored in fp32 whatever the export's dtype
+    copy: bool = False  # a second copy of a tensor that stands elsewhere: written, checked on import, not read
+
+
+def blocks(m: Model) -> Iterator[Block]:
+    """Every tensor of a model of this shape, in the order in which files hold them."""
+    H, V = m.hidden_size, m.vocab_size
+    yield Block("model.embed_tokens.weight", (V, H), "embedding.word_embeddings.weight")
+    for layer in range(m.num_layers):
+        expert = layer >= m.first_k_dense_replace
+        yield from _layer(m, f"model.layers.{layer}", f"decoder.layers.{layer}", expert)
+    for depth in range(m.num_nextn_predict_layers):
+        theirs, ours = f"model.layers.{m.num_layers + depth}", f"mtp.layers.{depth}"
+        yield Block(f"{theirs}.embed_tokens.weight", (V, H), "embedding.word_embeddings.weight", copy=True)
+        yield Block(f"{theirs}.enorm.weight", (H,), f"{ours}.enorm.weight")
+        yield Block(f"{theirs}.hnorm.weight", (H,), f"{ours}.hnorm.weight")
+        yield Block(f"{theirs}.eh_proj.weight", (H, 2 * H), f"{ours}.eh_proj.weight")
+        yield from _layer(m, theirs, f"{ours}.transformer_layer", bool(m.n_routed_experts))
+        yield Block(f"{theirs}.shared_head.norm.weight", (H,), f"{ours}.final_layernorm.weight")
+        yield Block(f"{theirs}.shared_head.head.weight", (V, H), "output_layer.weight", copy=True)
+    yield Block("model.norm.weight", (H,), "decoder.final_layernorm.weight")
+    yield Block("lm_head.weight", (V, H), "output_layer.weight")
+
+
+def _layer(m: Model, theirs: str, ours: str, expert: bool) -> Iterator[Block]:
+    H, N = m.hidden_size, m.num_attention_heads
+    qk, kv = m.qk_nope_head_dim + m.qk_rope_head_dim, m.qk_nope_head_dim + m.v_head_dim
+    yield Block(f"{theirs}.input_layernorm.weight", (H,), f"{ours}.input_layernorm.weight")
+    a, b = f"{theirs}.self_attn", f"{ours}.self_attention"
+    if m.q_lora_rank is None:
+        yield Block(f"{a}.q_proj.weight", (N * qk, H), f"{b}.linear_q_proj.weight")
+    else:
+        yield Block(f"{a}.q_a_proj.weight", (m.q_lora_rank, H), f"{b}.linear_q_down_proj.weight")
+        yield Block(f"{a}.q_a_layernorm.weight", (m.q_lora_rank,), f"{b}.q_layernorm.weight")
+        yield Block(f"{a}.q_b_proj.weight", (N * qk, m.q_lora_rank), f"{b}.linear_q_up_proj.weight")
+    latent = m.kv_lora_rank + m.qk_rope_head_dim
+    yield Block(f"{a}.kv_a_proj_with_mqa.weight", (latent, H), f"{b}.linear_kv_down_proj.weight")
+    yield Block(f"{a}.kv_a_layernorm.weight", (m.kv_lora_rank,), f"{b}.kv_layernorm.weight")
+    yield Block(f"{a}.kv_b_proj.weight", (N * kv, m.kv_lora_rank), f"{b}.linear_kv_up_proj.weight")
+    yield Block(f"{a}.o_proj.weight", (H, N * m.v_head_dim), f"{b}.linear_proj.weight")
+    yield Block(f"{theirs}.post_attention_layernorm.weight", (H,), f"{ours}.pre_mlp_layernorm.weight")
+    if not expert:
+        yield from _swiglu(f"{theirs}.mlp", f"{ours}.mlp", H, m.intermediate_size)
+        return
+    a, b, F = f"{theirs}.mlp", f"{ours}.mlp", m.moe_intermediate_size
+    yield Block(f"{a}.gate.weight", (m.n_routed_experts, H), f"{b}.router.weight")
+    yield Block(f"{a}.gate.e_score_correction_bias", (m.n_routed_experts,), f"{b}.router.expert_bias", fp32=True)
+    for e in range(m.n_routed_experts):
+        w1, w2 = f"{b}.experts.experts.linear_fc1.weight", f"{b}.experts.experts.linear_fc2.weight"
+        yield Block(f"{a}.experts.{e}.gate_proj.weight", (F, H), w1, (e, slice(0, F)))
+        yield Block(f"{a}.experts.{e}.up_proj.weight", (F, H), w1, (e, slice(F, 2 * F)))
+        yield Block(f"{a}.experts.{e}.down_proj.weight", (H, F), w2, (e,))
+    if m.n_shared_experts:
+        yield from _swiglu(f"{a}.shared_experts", f"{b}.shared_experts", H, m.n_shared_experts * F)
+
+
+def _swiglu(theirs: str, ours: str, H: int, F: int) -> Iterator[Block]:
+    yield Block(f"{theirs}.gate_proj.weight", (F, H), f"{ours}.linear_fc1.weight", (slice(0, F),))
+    yield Block(f"{theirs}.up_proj.weight", (F, H), f"{ours}.linear_fc1.weight", (slice(F, 2 * F),))
+    yield Block(f"{theirs}.down_proj.weight", (H, F), f"{ours}.linear_fc2.weight")
