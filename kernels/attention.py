@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from functools import cache
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -65,7 +66,7 @@ def sdpa_by_document(
     """One call of PyTorch's SDPA a document: no mask in memory, no work between documents."""
     bounds = cu_seqlens.tolist()
     outs = []
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, end in pairwise(bounds):
         q, k, v = (x[start:end].transpose(0, 1).unsqueeze(0) for x in (q_TND, k_TND, v_TNE))
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
         outs.append(out.squeeze(0).transpose(0, 1))

@@ -243,9 +243,7 @@ def build(config: BackboneConfig, vp_stage: int | None = None, pp_rank: int | No
     all_layers = [expert if expert is not None and i >= first_expert else dense for i in range(mc.num_layers)]
     offset = get_transformer_layer_offset(mc, vp_stage=vp_stage, pp_rank=pp_rank)
     count = get_num_layers_to_build(mc, vp_stage=vp_stage, pp_rank=pp_rank)
-    block = TransformerBlockSubmodules(
-        layer_specs=all_layers[offset : offset + count], layer_norm=backend.layer_norm()
-    )
+    block = TransformerBlockSubmodules(layer_specs=all_layers[offset : offset + count], layer_norm=backend.layer_norm())
     mtp_spec = None
     if mc.mtp_num_layers and mtp_on_this_rank(
         layout=mc.pipeline_model_parallel_layout,

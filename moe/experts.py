@@ -97,5 +97,3 @@ def _split_gate_up(w1: ShardedTensor, offsets: tuple[Any, ...], tp_rank: int, tp
             return torch.cat(parts, dim=1)
 
     return ShardedTensorFactory(w1.key, w1.data, build, merge, w1.replica_id)
-
-

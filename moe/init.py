@@ -20,9 +20,7 @@ def normal_slice(
     """The block `[starts, starts + sizes)` of a global fp32 tensor of `shape` drawn from N(0, std^2)."""
     if len(shape) > 2:  # experts: one matrix after another, each under its own name
         first = range(starts[0], starts[0] + sizes[0])
-        return torch.stack(
-            [normal_slice(seed, f"{name}[{i}]", shape[1:], starts[1:], sizes[1:], std) for i in first]
-        )
+        return torch.stack([normal_slice(seed, f"{name}[{i}]", shape[1:], starts[1:], sizes[1:], std) for i in first])
     columns = shape[1] if len(shape) == 2 else 1
     rows_a_block = max(1, _BLOCK // columns)
     begin, end = starts[0], starts[0] + sizes[0]

@@ -180,7 +180,7 @@ class _Ints(list[int]):
 
 
 def _split_sizes_as_ints(tensor: torch.Tensor, as_numpy: bool = False, record_stream: bool = False) -> Any:
-    """`moe_utils.maybe_move_tensor_to_cpu` converts only tensors that were on a GPU, but gloo's all-to-all wants ints."""
+    """`moe_utils.maybe_move_tensor_to_cpu` converts only what was on a GPU, but gloo's all-to-all wants ints."""
     del record_stream
     return _Ints(tensor.tolist()) if as_numpy and torch.is_tensor(tensor) else tensor
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
-import torch
-import torch.distributed as dist
+if TYPE_CHECKING:  # a launcher checks degrees without the seconds that importing torch takes
+    import torch
 
 
 class LayoutError(ValueError):
@@ -66,14 +67,13 @@ class Mesh:
 
     def describe(self) -> str:
         """All degrees in one line."""
-        return (
-            f"world={self.world}: tp={self.tp} pp={self.pp} vpp={self.vpp} cp={self.cp} "
-            f"ep={self.ep} etp={self.etp}"
-        )
+        return f"world={self.world}: tp={self.tp} pp={self.pp} vpp={self.vpp} cp={self.cp} ep={self.ep} etp={self.etp}"
 
 
 def device() -> torch.device:
     """Where this process computes: its GPU, or the CPU."""
+    import torch
+
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     return torch.device("cpu")
@@ -84,6 +84,9 @@ def start(mesh: Mesh, timeout_s: float = 600.0) -> None:
 
     gloo on CPU, NCCL on GPU. Every wait in a collective ends after `timeout_s` seconds with an error.
     """
+    import torch
+    import torch.distributed as dist
+
     from perilune.parallel import cpu
 
     cpu.install()
@@ -114,6 +117,7 @@ def start(mesh: Mesh, timeout_s: float = 600.0) -> None:
 
 def stop(leave_group: bool = True) -> None:
     """Take Megatron-core's groups down, and the process group too unless it is kept for another mesh."""
+    import torch.distributed as dist
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()

@@ -1,4 +1,4 @@
-"""What a run writes about itself: metrics.jsonl (a JSON object a step), expert_load.jsonl, TensorBoard events, progress.
+"""What a run writes about itself: metrics.jsonl (an object a step), expert_load.jsonl, TensorBoard events, progress.
 
 Only the first process writes. On resume everything is cut back to the checkpoint's step, so that no step stands twice.
 """

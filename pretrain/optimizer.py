@@ -30,4 +30,3 @@ def build(config: Config, model: Model) -> Any:
         log_num_zeros_in_grad=False,
     )
     return get_megatron_optimizer(options, model.chunks, use_gloo_process_groups=False)
-

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from perilune.parallel.mesh import LayoutError, Mesh
 from perilune.pretrain.errors import InputError
 from perilune.pretrain.schema import Config, Model
 
 
 def check(config: Config, world: int, gpus: int) -> None:
     """Raise InputError for the first thing in `config` that cannot run on `world` processes with `gpus` GPUs here."""
-    for problem in (*_not_built(config, gpus), *_model(config.model), *_layout(config, world)):
+    p = config.parallel
+    try:
+        mesh = Mesh(world=world, tp=p.tp, pp=p.pp, vpp=p.vpp, cp=p.cp, ep=p.ep, etp=p.etp)
+    except LayoutError as error:
+        raise InputError(str(error)) from error
+    for problem in (*_not_built(config, gpus), *_model(config.model), *_batch(config), *_layout(config, mesh)):
         raise InputError(problem)
 
 
@@ -17,8 +23,8 @@ def _not_built(config: Config, gpus: int) -> list[str]:
     problems = []
     if precision.compute == "fp16":
         problems.append(
-            "precision.compute=fp16 is not supported: on CPU it is hundreds of times slower than bf16, and it needs loss "
-            "scaling that is not built; use precision.compute=bf16"
+            "precision.compute=fp16 is not supported: on CPU it is hundreds of times slower than bf16, and it needs "
+            "loss scaling that is not built; use precision.compute=bf16"
         )
     if precision.fp8 == "emulated":
         problems.append("precision.fp8=emulated is not built yet; use precision.fp8=off")
@@ -60,6 +66,28 @@ def _not_built(config: Config, gpus: int) -> list[str]:
     return problems
 
 
+def _batch(config: Config) -> list[str]:
+    t = config.train
+    counts = {
+        "train.global_batch_size": (t.global_batch_size, 1),
+        "train.micro_batch_size": (t.micro_batch_size, 1),
+        "train.nonfinite_limit": (t.nonfinite_limit, 1),
+        "train.save_every": (t.save_every, 0),
+        "train.log_every": (t.log_every, 0),
+        "train.keep": (t.keep, 0),
+        "train.threads": (t.threads, 0),
+        "valid.every": (config.valid.every, 0),
+        "valid.steps": (config.valid.steps, 0),
+        "data.workers": (config.data.workers, 0),
+        "data.seq_len": (config.data.seq_len, 2),
+    }
+    problems = [f"{key}={value} must be at least {least}" for key, (value, least) in counts.items() if value < least]
+    longest = config.model.max_position_embeddings
+    if config.data.seq_len > longest:
+        problems.append(f"data.seq_len={config.data.seq_len} is beyond model.max_position_embeddings={longest}")
+    return problems
+
+
 def _model(m: Model) -> list[str]:
     problems = []
     positive = "num_layers hidden_size num_attention_heads kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim "
@@ -70,7 +98,8 @@ def _model(m: Model) -> list[str]:
         problems.append(f"model.qk_rope_head_dim={m.qk_rope_head_dim} must be even: RoPE turns pairs")
     if not 0 <= m.first_k_dense_replace <= m.num_layers:
         problems.append(
-            f"model.first_k_dense_replace={m.first_k_dense_replace} must be between 0 and model.num_layers={m.num_layers}"
+            f"model.first_k_dense_replace={m.first_k_dense_replace} must be between 0 and model.num_layers="
+            f"{m.num_layers}"
         )
     if not m.n_routed_experts:
         if m.first_k_dense_replace != m.num_layers:
@@ -101,7 +130,7 @@ def _model(m: Model) -> list[str]:
     return problems
 
 
-def _layout(config: Config, world: int) -> list[str]:
+def _layout(config: Config, mesh: Mesh) -> list[str]:
     m, p = config.model, config.parallel
     problems = []
     shared = m.n_shared_experts * m.moe_intermediate_size
@@ -134,11 +163,10 @@ def _layout(config: Config, world: int) -> list[str]:
             f"sequence parallel splits train.micro_batch_size*data.seq_len = {tokens} tokens over parallel.tp={p.tp}, "
             "which does not divide them"
         )
-    dp = world // (p.tp * p.pp * p.cp)
-    at_once = dp * config.train.micro_batch_size
-    if dp and config.train.global_batch_size % at_once:
+    at_once = mesh.dp * config.train.micro_batch_size
+    if config.train.global_batch_size % at_once:
         problems.append(
-            f"train.global_batch_size={config.train.global_batch_size} rows does not divide by {dp} data-parallel ranks "
-            f"x train.micro_batch_size={config.train.micro_batch_size} = {at_once}"
+            f"train.global_batch_size={config.train.global_batch_size} rows does not divide by {mesh.dp} data-parallel "
+            f"ranks x train.micro_batch_size={config.train.micro_batch_size} = {at_once} ({mesh.describe()})"
         )
     return problems

@@ -15,9 +15,9 @@ from perilune.parallel import precision
 from perilune.pretrain import checkpoint, model, optimizer
 from perilune.pretrain.data.stream import DataState, Stream, open_stream, valid_batches
 from perilune.pretrain.errors import Preempted
+from perilune.pretrain.meter import Meter
 from perilune.pretrain.metrics import RunLog
 from perilune.pretrain.objective import next_token
-from perilune.pretrain.meter import Meter
 from perilune.pretrain.profiling import Trace, explain_out_of_memory
 from perilune.pretrain.schema import Config
 from perilune.pretrain.step import evaluate, train_step
@@ -71,8 +71,8 @@ def run(config: Config, run_dir: Path, world: int, *, init_from: Path | None = N
                 log.say(f"  not finite, nothing changed; rows: {', '.join(i for b in batches for i in b.sample_ids)}")
             if bad_in_a_row >= config.train.nonfinite_limit:
                 raise FloatingPointError(
-                    f"{bad_in_a_row} steps in a row up to step {step} were not finite (train.nonfinite_limit); the last "
-                    f"checkpoint is intact in {run_dir / 'checkpoints'}"
+                    f"{bad_in_a_row} steps in a row up to step {step} were not finite (train.nonfinite_limit); the "
+                    f"last checkpoint is intact in {run_dir / 'checkpoints'}"
                 )
             if trace is not None and trace.step(log.say):
                 trace = None

@@ -190,10 +190,8 @@ def _update(optimizer: Any, norm: float, clip: float) -> None:
 
 
 @torch.no_grad()
-def evaluate(
-    model: Model, batches: Iterator[tuple[PackedBatch, int]], objective: Objective
-) -> tuple[float, float]:
-    """(next-token loss in nats a token, bits a UTF-8 byte) over this rank's batches and their bytes, all ranks' together."""
+def evaluate(model: Model, batches: Iterator[tuple[PackedBatch, int]], objective: Objective) -> tuple[float, float]:
+    """(next-token loss in nats a token, bits a UTF-8 byte) over all ranks' batches with their bytes of text."""
     depths = 1 + (model.megatron_config.mtp_num_layers or 0)
     total = torch.zeros(2, depths, dtype=torch.float64, device=meshes.device())
     bytes_counted = torch.zeros(1, dtype=torch.float64, device=meshes.device())

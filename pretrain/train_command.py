@@ -100,7 +100,7 @@ def _gpus() -> int:
 def _processes(config: Config, gpus: int) -> int:
     """Every GPU, or the fewest processes that the degrees need."""
     p = config.parallel
-    return gpus or math.lcm(p.tp * p.cp, p.etp * p.ep) * p.pp
+    return gpus or max(1, math.lcm(p.tp * p.cp, p.etp * p.ep) * p.pp)
 
 
 def _prepare(config: Config, run_dir: Path) -> None:

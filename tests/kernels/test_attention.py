@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from perilune.kernels.attention import reference, sdpa_by_document, varlen_attention
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from perilune.kernels.experts import grouped_swiglu, reference
 
 

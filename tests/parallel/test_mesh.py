@@ -1,6 +1,7 @@
 """Degrees that fit, and errors that print every number of those that do not."""
 
 import pytest
+
 from perilune.parallel.mesh import LayoutError, Mesh
 
 
