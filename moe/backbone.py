@@ -64,7 +64,6 @@ def transformer_config(config: BackboneConfig) -> MLATransformerConfig:
     if m.n_routed_experts:
         moe = {
             "num_moe_experts": m.n_routed_experts,
-            "moe_layer_freq": [int(i >= m.first_k_dense_replace) for i in range(m.num_layers)],
             "moe_ffn_hidden_size": m.moe_intermediate_size,
             "moe_shared_expert_intermediate_size": m.n_shared_experts * m.moe_intermediate_size or None,
             "moe_router_topk": m.num_experts_per_tok,
@@ -94,6 +93,8 @@ def transformer_config(config: BackboneConfig) -> MLATransformerConfig:
         qk_head_dim=m.qk_nope_head_dim,
         qk_pos_emb_head_dim=m.qk_rope_head_dim,
         v_head_dim=m.v_head_dim,
+        # A list, also where all layers are alike: a checkpoint then names each layer, whatever the model.
+        moe_layer_freq=[int(i >= m.first_k_dense_replace) for i in range(m.num_layers)],
         qk_layernorm=True,
         layernorm_epsilon=m.rms_norm_eps,
         rope_type="yarn" if yarn else "rope",

@@ -93,23 +93,14 @@ def train_step(
 
     Weights, moments and router biases change only if the loss and every gradient are finite on every rank.
     """
-    config = model.megatron_config
-    config.finalize_model_grads_func = finalize_model_grads
-    config.moe_router_bias_update_rate = todo.bias_speed
-    rows = _tell_routers(model, batches)
     for group in optimizer.param_groups:
         group["lr"] = todo.lr
-    for chunk in model.chunks:
-        chunk.zero_grad_buffer()
     optimizer.zero_grad()
     routers = model.routers()
     biases = [router.expert_bias.clone() for _, router in routers]
-    outputs = _run_schedule(model, batches, objective, todo.mtp_weight, forward_only=False)
+    sums, load_LE, balance = forward_backward(model, batches, objective, todo.mtp_weight, todo.bias_speed)
     optimizer.prepare_grads()
     norm = float(optimizer.get_grad_norm())
-    layers = config.num_layers + (config.mtp_num_layers or 0)
-    experts = config.num_moe_experts or 0
-    sums, load_LE, balance = _reduce(model, outputs, layers, experts)
     memory, bad, stop = _agree(not (math.isfinite(norm) and bool(sums.isfinite().all())), stop)
     if bad:
         for (_, router), bias in zip(routers, biases, strict=True):
@@ -118,21 +109,36 @@ def train_step(
         _update(optimizer, norm, clip)
     means = (sums[0] / sums[1].clamp(min=1)).tolist()
     used = load_LE.sum(-1) > 0
+    balanced = bool(used.any()) and model.scales()[0].alpha > 0
     return StepResult(
         loss=means[0],
         mtp_loss=sum(means[1:]) / len(means[1:]) if len(means) > 1 else None,
-        aux_loss=balance / (rows * int(used.sum())) if experts and config_alpha(model) > 0 else None,
+        aux_loss=balance / int(used.sum()) if balanced else None,
         grad_norm=norm,
         skipped=bad,
-        load_LE=load_LE[used] if experts else None,
+        load_LE=load_LE[used] if bool(used.any()) else None,
         memory=memory,
         stop=stop,
     )
 
 
-def config_alpha(model: Model) -> float:
-    """The weight of the sequence-wise loss."""
-    return model.scales()[0].alpha
+def forward_backward(
+    model: Model, batches: list[PackedBatch], objective: Objective, mtp_weight: float, bias_speed: float
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Gradients of a global batch into the chunks' buffers, divided by its main-loss tokens; router biases move.
+
+    Returns, equal on every rank: sums and counts of the losses [2, 1+D], routed tokens [layers, E] of every layer of
+    the model (zero where it has no experts), and the sum over expert layers of the mean over rows of sum_i f_i P_i.
+    """
+    config = model.megatron_config
+    config.finalize_model_grads_func = finalize_model_grads
+    config.moe_router_bias_update_rate = bias_speed
+    rows = _tell_routers(model, batches)
+    for chunk in model.chunks:
+        chunk.zero_grad_buffer()
+    outputs = _run_schedule(model, batches, objective, mtp_weight, forward_only=False)
+    sums, load_LE, balance = _reduce(model, outputs)
+    return sums, load_LE, balance / rows
 
 
 def _tell_routers(model: Model, batches: list[PackedBatch]) -> int:
@@ -149,11 +155,11 @@ def _tell_routers(model: Model, batches: list[PackedBatch]) -> int:
     return int(count[1])
 
 
-def _reduce(
-    model: Model, outputs: list[dict[str, torch.Tensor]], layers: int, experts: int
-) -> tuple[torch.Tensor, torch.Tensor, float]:
+def _reduce(model: Model, outputs: list[dict[str, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Loss sums and counts [2, 1+D], expert load [layers, E] and the balance sum over all processes, in one message."""
-    depths = 1 + (model.megatron_config.mtp_num_layers or 0)
+    config = model.megatron_config
+    depths = 1 + (config.mtp_num_layers or 0)
+    layers, experts = config.num_layers + (config.mtp_num_layers or 0), config.num_moe_experts or 0
     device = meshes.device()
     load = torch.zeros(layers, experts, dtype=torch.float64, device=device)
     balance = torch.zeros(1, dtype=torch.float64, device=device)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from perilune.parallel.workers import Workers
 
 # Before torch is imported anywhere: processes started by tests share the cores, and inherit both.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -53,3 +54,10 @@ def perilune(tmp_path: Path) -> Perilune:
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def workers() -> Iterator[Workers]:
+    """Processes kept alive for all tests that compare layouts."""
+    with Workers(4) as pool:
+        yield pool

@@ -1,0 +1,141 @@
+"""Processes kept alive between layouts: starting one takes seconds (torch, Megatron-core), a new process group little.
+
+Used to compare layouts on one machine: `with Workers(4) as workers: results = workers.run(2, function, argument)`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
+from types import TracebackType
+from typing import Any
+
+
+class WorkerError(RuntimeError):
+    """A function failed in some process; the message holds its rank and traceback."""
+
+
+class Workers:
+    """`size` processes of one machine, each with its own interpreter, ended by `close` or with their parent."""
+
+    def __init__(self, size: int, threads: int = 1, timeout_s: float = 120.0) -> None:
+        self.size, self._threads, self._timeout_s = size, threads, timeout_s
+        self._processes: list[Any] = []
+        self._pipes: list[Connection] = []
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def run(self, world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """`function(*arguments)` in the first `world` processes, joined in one gloo or NCCL group; results by rank.
+
+        `function` must be importable. Raises WorkerError with the traceback of the first rank to fail, or when
+        `timeout_s` passes; the processes are started anew at the next call then.
+        """
+        if not 1 <= world <= self.size:
+            raise ValueError(f"world={world} must be between 1 and the {self.size} processes of this pool")
+        if not self._processes:
+            self._start()
+        port = _free_port()
+        for rank in range(world):
+            self._pipes[rank].send((rank, world, port, function, arguments))
+        results: dict[int, Any] = {}
+        while len(results) < world:
+            waiting = {self._pipes[rank]: rank for rank in range(world) if rank not in results}
+            ready = wait(list(waiting), timeout=self._timeout_s)
+            if not ready:
+                self.close()
+                raise WorkerError(f"ranks {sorted(waiting.values())} of {world} gave no answer in {self._timeout_s} s")
+            for pipe in ready:
+                rank = waiting[pipe]  # type: ignore[index]
+                try:
+                    ok, value = pipe.recv()  # type: ignore[union-attr]
+                except EOFError:
+                    ok, value = False, f"process ended with exit code {self._processes[rank].exitcode}"
+                if not ok:
+                    self.close()
+                    raise WorkerError(f"rank {rank} of {world}: {value}")
+                results[rank] = value
+        return [results[rank] for rank in range(world)]
+
+    def close(self) -> None:
+        """End every process, by its own id."""
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.join(10)
+        for pipe in self._pipes:
+            pipe.close()
+        self._processes, self._pipes = [], []
+
+    def _start(self) -> None:
+        context = get_context("spawn")
+        before = os.environ.get("OMP_NUM_THREADS")
+        os.environ["OMP_NUM_THREADS"] = str(self._threads)
+        try:
+            for _ in range(self.size):
+                here, there = context.Pipe()
+                process = context.Process(target=_serve, args=(there, self._timeout_s), daemon=True)
+                process.start()
+                there.close()
+                self._processes.append(process)
+                self._pipes.append(here)
+        finally:
+            if before is None:
+                del os.environ["OMP_NUM_THREADS"]
+            else:
+                os.environ["OMP_NUM_THREADS"] = before
+
+
+def _serve(pipe: Connection, timeout_s: float) -> None:
+    if sys.platform.startswith("linux"):
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    while True:
+        try:
+            rank, world, port, function, arguments = pipe.recv()
+        except EOFError:
+            return
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        )
+        try:
+            pipe.send((True, _joined(function, arguments, timeout_s)))
+        except Exception:
+            with contextlib.suppress(OSError):  # the parent may be gone; then there is nobody to tell
+                pipe.send((False, traceback.format_exc()))
+            return
+
+
+def _joined(function: Callable[..., Any], arguments: tuple[Any, ...], timeout_s: float) -> Any:
+    from datetime import timedelta
+
+    import torch
+    import torch.distributed as dist
+
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(seconds=timeout_s))
+    try:
+        return function(*arguments)
+    finally:
+        from megatron.core import parallel_state
+
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
