@@ -1,0 +1,54 @@
+"""What `make demo` trains: a few million parameters, five minutes on two CPU cores."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from perilune.pretrain.presets.proxy_100m import proxy_100m
+from perilune.pretrain.schema import Config, Data, Parallel, Precision, Schedule, Train, Valid
+
+_SEQ_LEN = 512
+_ROWS = 8
+_STEPS = 200
+
+
+def demo() -> Config:
+    """The whole path in small, over Python's standard library as text.
+
+    Source: this repository.
+    Hardware: two CPU cores, two processes of one thread each, experts split over them.
+    Expected: about five minutes is the aim; not yet measured.
+    Command: make demo
+        which runs: perilune train demo data.path=DIR --nproc 2
+    """
+    proxy = proxy_100m()
+    model = replace(
+        proxy.model,
+        num_layers=4,
+        hidden_size=192,
+        num_attention_heads=4,
+        q_lora_rank=96,
+        kv_lora_rank=64,
+        qk_nope_head_dim=48,
+        qk_rope_head_dim=16,
+        v_head_dim=48,
+        intermediate_size=512,
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=128,
+        n_group=1,
+        topk_group=1,
+        routed_scaling_factor=1.41,
+        vocab_size=4096,
+    )
+    return Config(
+        preset="demo",
+        model=model,
+        train=Train(steps=_STEPS, global_batch_size=_ROWS, micro_batch_size=4, save_every=_STEPS // 2),
+        valid=Valid(every=_STEPS // 2, steps=4),
+        data=Data(seq_len=_SEQ_LEN),
+        optim=replace(proxy.optim, lr=4e-3),
+        schedule=Schedule(lr="cosine", warmup_tokens=_STEPS // 10 * _ROWS * _SEQ_LEN, min_lr_ratio=0.1),
+        parallel=Parallel(ep=2),
+        precision=Precision(compute="fp32"),
+    )
