@@ -1,4 +1,4 @@
-"""What changes during training, as pure functions of the tokens consumed: learning rate, router-bias speed, MTP weight, batch.
+"""What changes during training, as functions of the tokens consumed: learning rate, bias speed, MTP weight, batch.
 
 A run's state therefore needs no scheduler object: the tokens consumed say everything. Two clocks are in use. The
 batch size, the router-bias speed and the MTP weight of a step follow from the tokens consumed *before* it. The learning
@@ -91,8 +91,8 @@ def global_batch_rows(train: Train, seq_len: int, tokens: int, multiple: int = 1
         raise InputError(f"data.seq_len={seq_len} must be at least 1 token")
     if train.global_batch_size < 1 or train.global_batch_size % multiple:
         raise InputError(
-            f"train.global_batch_size={train.global_batch_size} rows must be a positive multiple of data-parallel ranks x "
-            f"train.micro_batch_size = {multiple}"
+            f"train.global_batch_size={train.global_batch_size} rows must be a positive multiple of data-parallel "
+            f"ranks x train.micro_batch_size = {multiple}"
         )
     if not 0 <= train.batch_ramp_start <= train.global_batch_size:
         raise InputError(

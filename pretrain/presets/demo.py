@@ -45,7 +45,7 @@ def demo() -> Config:
         preset="demo",
         model=model,
         train=Train(steps=_STEPS, global_batch_size=_ROWS, micro_batch_size=4, save_every=_STEPS // 2),
-        valid=Valid(every=_STEPS // 2, steps=4),
+        valid=Valid(every=_STEPS, steps=0),
         data=Data(seq_len=_SEQ_LEN),
         optim=replace(proxy.optim, lr=4e-3),
         schedule=Schedule(lr="cosine", warmup_tokens=_STEPS // 10 * _ROWS * _SEQ_LEN, min_lr_ratio=0.1),
