@@ -1,6 +1,6 @@
 """Multi-head latent attention (DeepSeek-V3, arXiv 2412.19437, section 2.1.1) on packed rows.
 
-Megatron-core's MLASelfAttention, with one repair, and an attention core of ours as its submodule.
+Megatron-core's MLASelfAttention with its repairs, and an attention core of ours as its submodule.
 """
 
 from __future__ import annotations
@@ -34,6 +34,11 @@ class LatentAttention(MLASelfAttention):
             kv_combined = gather_from_tensor_model_parallel_region(kv_combined, group=self.pg_collection.tp)
             kv_combined = scatter_to_sequence_parallel_region(kv_combined, group=self.pg_collection.tp)
         return q_compressed, kv_combined
+
+    def _resolve_qk_norm_config(self, submodules: Any) -> dict[str, Any]:
+        # The spec says all. Megatron-core would give a model without q latent (Moonlight) a second norm before q.
+        names = ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj", "q_layernorm", "kv_layernorm")
+        return {name: getattr(submodules, name) for name in names}
 
     def _run_core_attention(
         self, query: Any, key: Any, value: Any, attention_mask: Any, packed_seq_params: Any = None, **kwargs: Any

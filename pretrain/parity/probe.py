@@ -54,14 +54,18 @@ def load(config: Config, model: Any, weights: dict[str, torch.Tensor]) -> None:
             target.copy_(full[place].reshape(target.shape))
 
 
-def named(config: Config, pieces: list[list[Piece]]) -> Any:
-    """Hugging Face names -> tensor, from every rank's (key, global shape, offset, values)."""
+def named(config: Config, pieces: list[list[Piece]], part: bool = False) -> dict[str, torch.Tensor]:
+    """Hugging Face names -> tensor, from every rank's pieces; those of a part of the model only if `part`.
+
+    Raises KeyError where a tensor of the model is missing, unless `part`.
+    """
     full: dict[str, torch.Tensor] = {}
     for rank in pieces:
         for key, shape, offset, values in rank:
             whole = full.setdefault(key, torch.full(shape, float("nan")))
             whole[tuple(slice(o, o + n) for o, n in zip(offset, values.shape, strict=True))] = values
-    return {b.theirs: full[b.ours][b.index] for b in blocks(config.model) if not b.copy and b.ours in full}
+    wanted = (b for b in blocks(config.model) if not b.copy and (not part or b.ours in full))
+    return {b.theirs: full[b.ours][b.index] for b in wanted}
 
 
 def _pieces(model: models.Model, values: Callable[[torch.Tensor], torch.Tensor | None]) -> list[Piece]:
