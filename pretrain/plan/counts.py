@@ -402,7 +402,7 @@ def table(model: Model, seq_len: int) -> str:
 def rank_table(config: Config, world_size: int) -> str:
     """Elements and bytes of the distinct kinds of pipeline rank, a line each. Raises as `bytes_per_rank`."""
     model, parallel = config.model, config.parallel
-    compute = "fp32" if config.precision.compute == "fp32" else "bf16"
+    compute: Literal["fp32", "bf16"] = "fp32" if config.precision.compute == "fp32" else "bf16"
     heads = f"{'weights GiB':>13}{'grads GiB':>13}{'optimizer GiB':>15}"
     lines = [f"{'pipeline ranks':<16}{'dense':>18}{'experts':>18}{heads}"]
     for count, group in groupby(range(parallel.pp), key=lambda r: parameters_per_rank(model, parallel, r)):
