@@ -161,6 +161,8 @@ def _load_optimizer(optimizer: Any, state: Any, step: int) -> None:
                 moments.pop("step", None)
             one.load_parameter_state_from_fully_reshardable(part["param_state"])
         else:
+            if _counts_by_parameter(one):
+                part.get("optimizer", part)["state"]["common_step"] = torch.tensor(float(step))
             one.load_state_dict(part)
         if _counts_by_parameter(one):
             for moments in one.optimizer.state.values():
@@ -214,8 +216,8 @@ def save(folder: Path, step: int, model: Model, optimizer: Any | None, run_state
     """Write `folder/step_XXXXXXXX` and keep the newest `keep` (0: all). Returns its path. Collective.
 
     `run_state` is JSON and equal on all ranks. `optimizer` None saves weights alone. A good checkpoint of this step
-    that is there already stays and is returned. Raises SaveError on every rank if any rank cannot write, with what was
-    committed before untouched, and TypeError or ValueError for state that cannot be kept exactly.
+    and run state that is there already stays and is returned. Raises SaveError on every rank if any rank cannot write,
+    with what was committed before untouched; TypeError or ValueError for state that cannot be kept exactly.
     """
     run_state = _everywhere(lambda: files.json_only(run_state), TypeError, f"saving step {step}")
     if len({files.digest_of(state) for state in _gathered(run_state)}) != 1:
@@ -223,9 +225,7 @@ def save(folder: Path, step: int, model: Model, optimizer: Any | None, run_state
     doing = f"saving step {step} to {folder}"
     there, temporary = _on_first(lambda: files.prepare(folder, step), SaveError, doing)
     if there is not None:
-        log.warning("%s is there already and good: not written again", there)
-        _on_first(lambda: files.point_to(there), SaveError, doing)
-        return there
+        return _on_first(lambda: _same(there, run_state), SaveError, doing)
     try:
         state: dict[str, Any] = dict(_model_state(model))
         adam_step = None
@@ -252,6 +252,15 @@ def save(folder: Path, step: int, model: Model, optimizer: Any | None, run_state
         if dist.get_rank() == 0:
             files.discard(temporary)
         raise
+
+
+def _same(there: Path, run_state: dict[str, Any]) -> Path:
+    """The checkpoint of this step that is there already. Raises FileExistsError if it is of another run."""
+    if files.read_manifest(there)["run_state"] != run_state:
+        raise FileExistsError(f"{there} holds another run's state, and is never overwritten: move it away")
+    log.warning("%s is there already and good: not written again", there)
+    files.point_to(there)
+    return there
 
 
 def _is_sharded(entry: Any) -> bool:

@@ -1,0 +1,238 @@
+"""What the processes of tests/test_checkpoint.py do; each function runs on every rank of a group."""
+
+from __future__ import annotations
+
+import hashlib
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from perilune.parallel import mesh as meshes
+from perilune.pretrain import checkpoint, checkpoint_files, model, optimizer, presets
+from perilune.pretrain.data.collate import collate
+from perilune.pretrain.data.shard import Row
+from perilune.pretrain.objective import next_token
+from perilune.pretrain.schema import Config, Parallel, Precision
+from perilune.pretrain.step import train_step
+from perilune.pretrain.timetable import StepPlan
+
+ROWS = 4
+
+
+def config_of(compute: str = "fp32", **parallel: Any) -> Config:
+    """`tiny` with four layers, so that pp=2 with vpp=2 has one a stage, in a layout."""
+    tiny = presets.get("tiny")
+    return replace(
+        tiny,
+        model=replace(tiny.model, num_layers=4),
+        parallel=Parallel(**parallel),
+        precision=Precision(compute=compute),  # type: ignore[arg-type]
+    )
+
+
+class Trainer:
+    """A model and its optimizer in a layout, trained on rows that depend on nothing but the step."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        mesh = model.mesh_of(config, dist.get_world_size())
+        meshes.start(mesh, timeout_s=60)
+        self.dp = mesh.dp
+        self.model = model.build(config, mesh)
+        self.optimizer = optimizer.build(config, self.model)
+        self.step = 0
+
+    def train(self, steps: int) -> list[float]:
+        """Losses (nats a token) of the next `steps` steps."""
+        return [self._one().loss for _ in range(steps)]
+
+    def _one(self) -> Any:
+        rng = np.random.default_rng(self.step)
+        length = self.config.data.seq_len
+        bounds, mask = np.array([0, length // 3, length], np.int32), np.ones(length, np.uint8)
+        rows = [
+            Row(str(i), rng.integers(0, self.config.model.vocab_size, length).astype(np.uint16), bounds, mask)
+            for i in range(ROWS)
+        ]
+        mine = rows[parallel_state.get_data_parallel_rank() :: self.dp]
+        batches = [collate([row], self.config.model.num_nextn_predict_layers, True) for row in mine]
+        todo = StepPlan(rows=ROWS, lr=1e-2 / (1 + self.step), mtp_weight=0.3, bias_speed=1e-2)
+        self.step += 1
+        return train_step(self.model, self.optimizer, batches, next_token, todo, clip=1.0)
+
+    def digest(self) -> dict[str, str]:
+        """SHA-256 of all that this rank holds: weights and biases, masters, moments, step counts."""
+        hashes = {name: hashlib.sha256() for name in ("weights", "masters", "exp_avg", "exp_avg_sq", "step")}
+        for chunk in self.model.bare():
+            for name, value in sorted(chunk.state_dict().items()):
+                if isinstance(value, torch.Tensor):
+                    hashes["weights"].update(name.encode() + _bytes(value))
+        for one in self.optimizer.chained_optimizers:
+            for group in one.optimizer.param_groups:
+                for weight in group["params"]:
+                    hashes["masters"].update(_bytes(weight))
+                    for name, value in one.optimizer.state[weight].items():
+                        hashes[name].update(_bytes(value))
+        return {name: value.hexdigest() for name, value in hashes.items()}
+
+    def close(self) -> None:
+        meshes.stop(leave_group=False)
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    return str(tensor.dtype).encode() + tensor.detach().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
+
+
+@contextmanager
+def trainer(config: Config) -> Iterator[Trainer]:
+    """A new one, taken down so that the next can have another layout."""
+    made = Trainer(config)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+# --- resume -------------------------------------------------------------------------------------------------------
+
+
+def straight_and_resumed(configs: list[Config], folder: Path) -> list[dict[str, Any]]:
+    """For each layout: four steps at once with a save after two, and two steps of new objects that load it."""
+    found = []
+    for index, config in enumerate(configs):
+        with trainer(config) as first:
+            first.train(2)
+            path = checkpoint.save(folder / str(index), 2, first.model, first.optimizer, {"step": 2}, keep=0)
+            straight = {"at 2": first.digest(), "losses": first.train(2), "at 4": first.digest()}
+        with trainer(config) as second:
+            new = second.digest()
+            second.step = checkpoint.load(path, second.model, second.optimizer)["step"]
+            resumed = {"at 2": second.digest(), "losses": second.train(2), "at 4": second.digest()}
+        found.append({"straight": straight, "resumed": resumed, "new": new})
+    return found
+
+
+# --- other layouts ------------------------------------------------------------------------------------------------
+
+
+def train_and_save(config: Config, folder: Path) -> dict[str, Any]:
+    """Two steps, saved; this rank's state dict and the loss of the step after."""
+    with trainer(config) as one:
+        one.train(2)
+        state = {
+            name: value.clone() for name, value in one.model.bare()[0].state_dict().items() if torch.is_tensor(value)
+        }
+        path = checkpoint.save(folder, 2, one.model, one.optimizer, {"step": 2}, keep=0)
+        return {"path": path, "state": state, "loss": one.train(1)[0]}
+
+
+def load_and_save_again(configs: list[Config], source: Path, folder: Path) -> list[dict[str, Any]]:
+    """In each layout: load `source`, save it again, and the loss of the step after."""
+    found = []
+    for index, config in enumerate(configs):
+        with trainer(config) as one:
+            one.step = checkpoint.load(source, one.model, one.optimizer)["step"]
+            path = checkpoint.save(folder / str(index), 2, one.model, one.optimizer, {"step": 2}, keep=0)
+            found.append({"path": path, "loss": one.train(1)[0]})
+    return found
+
+
+def weights_only(source: Path, folder: Path) -> dict[str, Any]:
+    """What init_from does to a bf16 model, and what is refused."""
+    found: dict[str, Any] = {}
+    with trainer(config_of("bf16", zero1=True)) as one:
+        checkpoint.init_from(source, one.model, one.optimizer)
+        (chunk,) = one.model.bare()
+        found["state"] = {name: value for name, value in chunk.state_dict().items() if torch.is_tensor(value)}
+        found["masters follow"] = all(
+            torch.equal(
+                master,
+                one.optimizer.chained_optimizers[index]
+                .model_float16_groups[group][place]
+                .detach()
+                .flatten()[_range(one.optimizer.chained_optimizers[index], group, place)]
+                .float(),
+            )
+            for index, part in enumerate(one.optimizer.chained_optimizers)
+            for group, masters in enumerate(part.shard_fp32_from_float16_groups)
+            for place, master in enumerate(masters)
+        )
+        path = checkpoint.save(folder, 0, one.model, None, {}, keep=0)
+        checkpoint.load(path, one.model, None)
+        found["resume"] = _refused(lambda: checkpoint.load(path, one.model, one.optimizer))
+        found["cast"] = _refused(lambda: checkpoint.load(source, one.model, one.optimizer))
+    deeper = config_of()
+    deeper = replace(deeper, model=replace(deeper.model, num_layers=5, hidden_size=32))
+    with trainer(deeper) as other:
+        found["other model"] = _refused(lambda: checkpoint.init_from(source, other.model))
+    return found
+
+
+def _range(part: Any, group: int, place: int) -> slice:
+    bounds = part._get_model_param_range_map(part.model_float16_groups[group][place])["param"]
+    return slice(bounds.start, bounds.end)
+
+
+def _refused(action: Any) -> str:
+    try:
+        action()
+    except checkpoint.CheckpointError as error:
+        return str(error)
+    return "not refused"
+
+
+# --- what goes wrong ----------------------------------------------------------------------------------------------
+
+
+def loads(config: Config, paths: list[Path]) -> list[str]:
+    """How each checkpoint is refused (or not) on this rank."""
+    with trainer(config) as one:
+        return [_refused(lambda path=path: checkpoint.load(path, one.model, one.optimizer)) for path in paths]
+
+
+def failing_saves(config: Config, folder: Path) -> dict[str, Any]:
+    """Saves that fail on one rank only: what each rank raises. Then one that does not fail."""
+    found: dict[str, Any] = {}
+    rank = dist.get_rank()
+    with trainer(config) as one:
+        one.train(1)
+
+        def attempt(step: int, state: dict[str, Any] | None = None) -> str:
+            try:
+                return str(checkpoint.save(folder, step, one.model, one.optimizer, state or {"step": step}, keep=1))
+            except (checkpoint.SaveError, TypeError, ValueError) as error:
+                return f"{type(error).__name__}: {error}"
+
+        found["first"] = attempt(1)
+        old = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if rank == 1:  # the kernel refuses to let a file grow beyond 64 KiB, as a full disk would
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, old[1]))
+        found["shards"] = attempt(2)
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+        write = checkpoint_files._write_synced
+
+        def full(path: Path, text: str) -> None:
+            del path, text
+            raise OSError(28, "No space left on device")
+
+        checkpoint_files._write_synced = full
+        found["manifest"] = attempt(2)
+        checkpoint_files._write_synced = write
+        dist.barrier()
+        found["left"] = sorted(entry.name for entry in folder.iterdir())
+        dist.barrier()
+        found["ranks differ"] = attempt(2, {"rank": rank})
+        found["no JSON"] = attempt(2, {"a": (1, 2)})
+        found["again"] = attempt(1)
+        found["another run"] = attempt(1, {"step": 1, "tokens": 5})
+        found["second"] = attempt(2)
+    return found
