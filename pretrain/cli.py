@@ -227,6 +227,52 @@ def train(
     ctx.exit(train_command(preset, overrides, config_file, run_dir, nproc, dry_run, profile, init_from))
 
 
+@main.command(short_help="A checkpoint as a folder that transformers, vLLM and SGLang load.")
+@click.argument("source", metavar="RUN_OR_CHECKPOINT", type=FOLDER_THERE)
+@click.option("--out", type=FOLDER, required=True, metavar="HF_DIR", help="Folder to write; must not be there yet.")
+@click.option("--dtype", type=click.Choice(["bf16", "fp32"]), help="Of the tensors.  [default: that of the weights]")
+@click.option(
+    "--max-shard-size", default="5GB", show_default=True, metavar="SIZE", help="Of a file: 500MB, 5GB, 4GiB..."
+)
+@click.option("--verify", is_flag=True, help="Load it with transformers and compare logits, before it has its name.")
+@click.pass_context
+def export(ctx: click.Context, source: Path, out: Path, dtype: str | None, max_shard_size: str, verify: bool) -> None:
+    """Write the newest checkpoint of a run, or a given one, in Hugging Face's layout, with the run's tokenizer.
+
+    Streams tensor by tensor: memory for the largest one is enough, however large the model. With --dtype fp32 a bf16
+    run gives its fp32 masters. A model that transformers would compute otherwise is refused with the reason.
+
+    \b
+    Examples:
+      perilune export runs/first --out first-hf --verify
+      perilune export runs/first/checkpoints/step_00001000 --out hf --dtype bf16 --max-shard-size 10GB
+    """
+    from perilune.pretrain.hf.commands import export_command
+
+    ctx.exit(export_command(source, out, dtype, max_shard_size, verify))
+
+
+@main.command("import", short_help="A Hugging Face folder as a checkpoint to start from.")
+@click.argument("folder", metavar="HF_DIR", type=FOLDER_THERE)
+@click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1)
+@click.option("--out", type=FOLDER, required=True, metavar="CHECKPOINT", help="Folder to write; must not be there yet.")
+@click.pass_context
+def import_(ctx: click.Context, folder: Path, overrides: tuple[str, ...], out: Path) -> None:
+    """Turn the DeepSeek-V3-style weights in HF_DIR (safetensors; fp32, bf16 or FP8 blocks) into a checkpoint.
+
+    Every tensor must be there, of its shape and type, and no other; nothing is run that lies in the folder. KEY=VALUE
+    changes the configuration written beside the weights: model.num_nextn_predict_layers=0 leaves MTP layers out.
+
+    \b
+    Examples:
+      perilune import Moonlight-16B-A3B --out moonlight
+      perilune train demo --config moonlight/config.yaml --init-from moonlight data.path=packed/train
+    """
+    from perilune.pretrain.hf.commands import import_command
+
+    ctx.exit(import_command(folder, out, overrides))
+
+
 @main.command(short_help="All of it once, small.")
 @click.option(
     "--run",

@@ -1,7 +1,10 @@
 """The one table between our checkpoints and Hugging Face's: each of their tensors is a block of one of ours.
 
-DeepSeek-V3's hub names (experts one by one, MTP layers after the last layer with copies of embedding and head). Read
-forwards it exports, read backwards it imports; a tensor that is not in it does not exist.
+DeepSeek-V3's hub names (experts one by one, MTP layers after the last layer with copies of embedding and head, as the
+published checkpoint's README_WEIGHTS describes them). Read forwards it exports, read backwards it imports; a tensor
+that is not in it does not exist.
+
+Legend: H hidden, V vocabulary, N heads, E experts, F expert FFN.
 """
 
 from __future__ import annotations
@@ -42,6 +45,50 @@ def blocks(m: Model) -> Iterator[Block]:
         yield Block(f"{theirs}.shared_head.head.weight", (V, H), "output_layer.weight", copy=True)
     yield Block("model.norm.weight", (H,), "decoder.final_layernorm.weight")
     yield Block("lm_head.weight", (V, H), "output_layer.weight")
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A global tensor of a checkpoint: its shape, and the blocks that are it or copies of it."""
+
+    name: str
+    shape: tuple[int, ...]
+    fp32: bool  # in fp32 whatever the model's dtype
+    blocks: tuple[Block, ...]
+
+    def pieces(self) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], tuple[Block, ...]]]:
+        """(offset, shape, blocks without copies) of the parts in which it is written: expert by expert, else whole."""
+        own = [block for block in self.blocks if not block.copy]
+        if not isinstance(own[0].index[0] if own[0].index else None, int):
+            yield (0,) * len(self.shape), self.shape, tuple(own)
+            return
+        rest = len(self.shape) - 1
+        for e in range(self.shape[0]):
+            yield (e, *(0,) * rest), (1, *self.shape[1:]), tuple(b for b in own if b.index[0] == e)
+
+
+def tensors(m: Model) -> dict[str, Tensor]:
+    """Name -> tensor of a checkpoint of this model, in the order in which `blocks` first mentions them."""
+    grouped: dict[str, list[Block]] = {}
+    for block in blocks(m):
+        grouped.setdefault(block.ours, []).append(block)
+    found = {}
+    for name, group in grouped.items():
+        shape = tuple(max(ends) for ends in zip(*(_ends(block) for block in group), strict=True))
+        found[name] = Tensor(name, shape, group[0].fp32, tuple(group))
+    return found
+
+
+def _ends(block: Block) -> list[int]:
+    """Where the block ends in each dim of its global tensor."""
+    own, ends = list(block.shape), []
+    for at in block.index:
+        if isinstance(at, int):
+            ends.append(at + 1)
+        else:
+            ends.append(at.stop)
+            own.pop(0)
+    return ends + own
 
 
 def _layer(m: Model, theirs: str, ours: str, expert: bool) -> Iterator[Block]:

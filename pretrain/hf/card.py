@@ -1,0 +1,151 @@
+"""What goes beside the tensors: the tokenizer of the run's data, generation_config.json, and the model card.
+
+The card says what the checkpoint itself knows, and no more.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from perilune.pretrain.data.manifest import read_manifest
+from perilune.pretrain.data.tokenizer import load_tokenizer
+from perilune.pretrain.errors import InputError
+from perilune.pretrain.hf.folder import write_text
+from perilune.pretrain.hf.source import Checkpoint
+
+# Data only: a tokenizer that needs its own Python file is not copied.
+_FILES = (
+    "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json chat_template.jinja vocab.json "
+    "merges.txt tokenizer.model"
+).split()
+
+
+@dataclass(frozen=True)
+class TokenizerFiles:
+    """Files to copy and the special ids; `missing` says why there are none."""
+
+    files: tuple[Path, ...] = ()
+    ids: dict[str, int | None] = field(default_factory=lambda: dict.fromkeys(("bos", "eos", "pad")))
+    missing: str = ""
+
+    def copy_to(self, folder: Path) -> None:
+        for file in self.files:
+            with open(file, "rb") as source, open(folder / file.name, "xb") as target:
+                shutil.copyfileobj(source, target)
+                target.flush()
+                os.fsync(target.fileno())
+
+
+def tokenizer_of(checkpoint: Checkpoint) -> TokenizerFiles:
+    """The tokenizer that the run's data was packed with, or that lay beside the imported weights.
+
+    Raises InputError where one is there and is another than the data's, or has more tokens than the model.
+    """
+    data, source = checkpoint.config.data, checkpoint.manifest["run_state"].get("imported_from")
+    packed = [path for path in (data.path, *data.blend) if path is not None]
+    if packed and not (Path(packed[0]) / "manifest.json").is_file():
+        return TokenizerFiles(missing=f"the packed dataset {packed[0]} is not there, and it names the tokenizer")
+    if packed:
+        named = read_manifest(Path(packed[0]))["tokenizer"]
+        path, fingerprint = Path(named["path"]), named["fingerprint"]
+    elif source is not None:
+        path, fingerprint = Path(source), None
+    else:
+        return TokenizerFiles(missing="the run names no packed dataset (data.path)")
+    if not (path / "tokenizer.json").is_file():
+        return TokenizerFiles(missing=f"{path} holds no tokenizer.json")
+    config = json.loads((path / "tokenizer_config.json").read_text(encoding="utf-8"))
+    if "auto_map" in config:
+        return TokenizerFiles(missing=f"the one in {path} needs Python code of its own, which is not copied")
+    tokenizer = load_tokenizer(path)
+    if fingerprint is not None and tokenizer.fingerprint != fingerprint:
+        raise InputError(f"{path} is not the tokenizer that {packed[0]} was packed with: its fingerprint differs")
+    if tokenizer.vocab_size > checkpoint.config.model.vocab_size:
+        raise InputError(
+            f"the tokenizer {path} has {tokenizer.vocab_size} tokens, the model {checkpoint.config.model.vocab_size}"
+        )
+    files = tuple(path / name for name in _FILES if (path / name).is_file())
+    return TokenizerFiles(files, {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id})
+
+
+def generation_config(tokenizer: TokenizerFiles) -> dict[str, Any]:
+    """generation_config.json: where to begin and to end; decoding stays transformers' default (greedy)."""
+    return {f"{name}_token_id": number for name, number in tokenizer.ids.items() if number is not None}
+
+
+def write(folder: Path, checkpoint: Checkpoint, target: torch.dtype, verdict: str | None) -> None:
+    """README.md: shape, training and provenance as the checkpoint has them."""
+    m, config, manifest = checkpoint.config.model, checkpoint.config, checkpoint.manifest
+    run_state = manifest["run_state"]
+    parameters = sum(math.prod(t.shape) for t in checkpoint.tensors.values() if not t.fp32)
+    facts = {
+        "Architecture": "`DeepseekV3ForCausalLM`",
+        "Parameters": f"{parameters:,} (embedding and head once each, MTP included, router biases not)",
+        "Layers": f"{m.num_layers}, the first {m.first_k_dense_replace} dense; then {m.num_nextn_predict_layers} MTP",
+        "Hidden size": f"{m.hidden_size:,}",
+        "Attention heads": f"{m.num_attention_heads} (MLA, KV latent {m.kv_lora_rank}, query latent {m.q_lora_rank})",
+        "Vocabulary": f"{m.vocab_size:,}",
+        "Longest position": f"{m.max_position_embeddings:,}",
+        "Tensors": str(target).removeprefix("torch."),
+    }
+    if m.n_routed_experts:
+        facts["Experts"] = (
+            f"{m.n_routed_experts} routed, {m.num_experts_per_tok} a token, {m.n_shared_experts} shared; "
+            f"{m.topk_group} of {m.n_group} groups"
+        )
+    if source := run_state.get("imported_from"):
+        facts["Weights"] = f"imported from `{Path(source).name}`, not trained since"
+    else:
+        facts["Preset"] = config.preset
+        facts["Steps"] = f"{manifest['step']:,}"
+        tokens = (run_state.get("data") or {}).get("tokens")
+        facts |= {} if tokens is None else {"Tokens trained": f"{tokens:,}"}
+        facts["Trained in"] = config.precision.compute
+        for path, digest in ((run_state.get("data") or {}).get("fingerprints") or {}).items():
+            facts[f"Data `{Path(path).name}`"] = f"fingerprint `{digest}`"
+    facts["Written by"] = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
+    if verdict is not None:
+        facts["Verified"] = verdict
+    table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    mtp = (
+        f"\nLayers {m.num_layers} to {m.num_layers + m.num_nextn_predict_layers - 1} are MTP (multi-token prediction) "
+        "layers: vLLM and SGLang read them for speculative decoding; transformers leaves them out and lists them as "
+        "unexpected.\n"
+        if m.num_nextn_predict_layers
+        else ""
+    )
+    write_text(
+        folder / "README.md",
+        f"""---
+library_name: transformers
+pipeline_tag: text-generation
+---
+
+# {folder_title(checkpoint)}
+
+| | |
+|---|---|
+{table}
+{mtp}
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("this folder", dtype="auto")
+```
+""",
+    )
+
+
+def folder_title(checkpoint: Checkpoint) -> str:
+    """The run's folder and the step; an imported checkpoint's folder."""
+    if "imported_from" in checkpoint.manifest["run_state"]:
+        return checkpoint.path.name
+    return f"{checkpoint.path.parent.parent.name}, step {checkpoint.manifest['step']:,}"

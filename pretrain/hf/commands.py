@@ -1,0 +1,50 @@
+"""`perilune export` and `perilune import`: words in, one line out, exit code.
+
+Both are the work of one process, whatever the size: tensors stream through it. Under torchrun the first process does
+it and the others leave at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from pathlib import Path
+
+from perilune.pretrain.hf.weights import parse_size
+
+_FAILED = 1
+
+
+def export_command(source: Path, out: Path, dtype: str | None, max_shard_size: str, verify: bool) -> int:
+    """Export, verified if asked for; returns the exit code. Raises InputError for what cannot be exported."""
+    if not _first():
+        return 0
+    size = parse_size(max_shard_size)
+    from perilune.pretrain.hf import verify as checks
+    from perilune.pretrain.hf.export import export
+
+    try:
+        export(source, out, dtype=dtype, max_shard_bytes=size, verified_by=checks.verify if verify else None)
+    except checks.VerifyError as error:
+        print(f"perilune: error: {error}. Nothing was left at {out}", file=sys.stderr)
+        return _FAILED
+    return 0
+
+
+def import_command(folder: Path, out: Path, overrides: tuple[str, ...]) -> int:
+    """Import; returns the exit code. Raises InputError for what cannot be imported."""
+    if not _first():
+        return 0
+    from perilune.pretrain.hf.importing import import_hf
+
+    import_hf(folder, out, overrides)
+    print(f"next: perilune train PRESET --config {out / 'config.yaml'} --init-from {out} data.path=DIR")
+    return 0
+
+
+def _first() -> bool:
+    """Whether this process does the work; it no longer belongs to torchrun's group then."""
+    warnings.filterwarnings("ignore", module=r"megatron\.")  # that Transformer Engine and apex are not here
+    os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # a group of our own is joined without torchrun's store
+    return os.environ.get("RANK", "0") == "0"

@@ -1,0 +1,75 @@
+"""`perilune export`: a checkpoint becomes a folder that transformers, vLLM and SGLang load.
+
+One process reads and writes one tensor at a time: at its peak it holds the largest global tensor (an expert layer's
+first matrices) and what reading it takes, not the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from perilune.pretrain.errors import InputError
+from perilune.pretrain.hf import card
+from perilune.pretrain.hf.config import config_to_hf
+from perilune.pretrain.hf.folder import new_folder, write_json
+from perilune.pretrain.hf.source import MASTER, Checkpoint
+from perilune.pretrain.hf.table import Block
+from perilune.pretrain.hf.weights import ShardWriter
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def export(
+    run_or_checkpoint: Path,
+    out: Path,
+    *,
+    dtype: str | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+    verified_by: Callable[[Path, Checkpoint, torch.dtype], str] | None = None,
+    say: Callable[[str], None] = print,
+) -> Path:
+    """Write the checkpoint (a run's newest) as the Hugging Face folder `out`; returns `out`.
+
+    `dtype` is `fp32` or `bf16` (None: that of the weights); fp32 of a bf16 run are its masters. `verified_by` is given
+    the folder before it has its name: if it raises, there is no folder; what it returns goes into the model card.
+    Raises InputError for a checkpoint that is damaged or that transformers would compute otherwise, and for an `out`
+    that is there.
+    """
+    checkpoint = Checkpoint(run_or_checkpoint)
+    target = DTYPES[dtype] if dtype else checkpoint.dtype()
+    tokenizer = card.tokenizer_of(checkpoint)
+    config = config_to_hf(checkpoint.config.model, dtype=str(target).removeprefix("torch."), **tokenizer.ids)
+    say(f"{checkpoint.path}: every file has its hash; writing {target} to {out}")
+    if tokenizer.missing:
+        say(f"no tokenizer in the export: {tokenizer.missing}")
+    with new_folder(out) as folder:
+        write_json(folder / "config.json", config)
+        write_json(folder / "generation_config.json", card.generation_config(tokenizer))
+        tokenizer.copy_to(folder)
+        plan = [(b.theirs, b.shape, torch.float32 if b.fp32 else target)
+                for tensor in checkpoint.tensors.values() for b in tensor.blocks]  # fmt: skip
+        writer = ShardWriter(folder, plan, max_shard_bytes)
+        try:
+            for block, values in stream(checkpoint, target):
+                writer.put(block.theirs, values)
+            size = writer.finish()
+        finally:
+            writer.close()
+        verdict = verified_by(folder, checkpoint, target) if verified_by else None
+        card.write(folder, checkpoint, target, verdict)
+    say(f"{len(plan):,} tensors, {size:,} bytes: {out}")
+    return out
+
+
+def stream(checkpoint: Checkpoint, target: torch.dtype) -> Iterator[tuple[Block, torch.Tensor]]:
+    """Every block of the table with its values of type `target` (router biases fp32), tensor after tensor."""
+    masters = target is torch.float32 and checkpoint.dtype() is torch.bfloat16 and checkpoint.has_masters()
+    for tensor in checkpoint.tensors.values():
+        whole = checkpoint.read(MASTER + tensor.name if masters and not tensor.fp32 else tensor.name)
+        if tuple(whole.shape) != tensor.shape:
+            raise InputError(f"{checkpoint.path}: {tensor.name} is {list(whole.shape)}, not {list(tensor.shape)}")
+        for block in tensor.blocks:
+            yield block, whole[block.index].to(torch.float32 if block.fp32 else target)

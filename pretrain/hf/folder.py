@@ -1,0 +1,77 @@
+"""A folder that is complete or not there: written beside under a hidden name, synced, then renamed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from perilune.pretrain.errors import InputError
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """Yields a hidden folder beside `out`, which becomes `out` if the body ends well and is removed if it raises.
+
+    What a killed process leaves is `.NAME.XXXXXXXX.partial`, which nothing takes for complete. Raises InputError if
+    `out` is there already, before and after: it is never written over.
+    """
+    out = out.absolute()
+    _refuse(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}.partial"
+    temporary.mkdir()
+    try:
+        yield temporary
+        sync_folder(temporary)
+        _refuse(out)
+        os.rename(temporary, out)
+        sync_folder(out.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _refuse(out: Path) -> None:
+    if out.exists() or out.is_symlink():
+        raise InputError(f"{out} is there already and is never written over: name another --out, or move it away")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write and sync a new text file."""
+    with open(path, "w", encoding="utf-8", newline="\n") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def write_json(path: Path, tree: Any) -> None:
+    """Write and sync a new JSON file, indented as the hub's are."""
+    write_text(path, json.dumps(tree, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in `path`. Raises InputError if there is none."""
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{path} is missing") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not JSON: {error}") from error
+    if not isinstance(tree, dict):
+        raise InputError(f"{path} holds a {type(tree).__name__}, not an object")
+    return tree
+
+
+def sync_folder(path: Path) -> None:
+    """Make the names in `path` last."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

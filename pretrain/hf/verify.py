@@ -1,0 +1,201 @@
+"""`perilune export --verify`: our model and transformers', both from the tensors that were written, give one answer.
+
+Three checks: every written tensor is the checkpoint's, bit by bit; transformers finds no tensor missing, unexpected or
+misshapen (MTP layers, which it leaves out, accounted for by name); logits agree, those of MTP too, in fp32.
+
+T tokens, V vocabulary, D the MTP depth.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from perilune.parallel.workers import Workers
+from perilune.pretrain.errors import InputError
+from perilune.pretrain.hf import ours
+from perilune.pretrain.hf.export import stream
+from perilune.pretrain.hf.source import Checkpoint
+from perilune.pretrain.hf.weights import WeightFolder
+from perilune.pretrain.schema import Model
+
+TOLERANCE = 1e-4  # largest |difference| of fp32 logits
+_LENGTH = 128  # tokens of each text that is compared
+_TEXT = """The point of an orbit around the Moon that lies nearest to it is called the perilune. In 1968 the crew of
+Apollo 8 passed it at a height of 110 kilometres, saw the Earth rise, and came home.
+
+def perilune(semi_major_axis: float, eccentricity: float) -> float:
+    \"\"\"Distance in kilometres from the centre of the Moon.\"\"\"
+    return semi_major_axis * (1.0 - eccentricity)
+
+for e in (0.0, 0.1, 0.25):
+    print(f"{e:4.2f} {perilune(1848.0, e):8.1f} km")
+"""
+
+
+class VerifyError(RuntimeError):
+    """An export that is not the checkpoint's model; the message holds what differs and by how much."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The largest |difference| of logits over one text: the main model's, and each MTP depth's."""
+
+    text: str
+    tokens: int
+    main: float
+    mtp: tuple[float, ...] | None  # None: not compared
+
+
+def verify(
+    folder: Path, checkpoint: Checkpoint, target: torch.dtype, *, workers: Workers | None = None,
+    say: Callable[[str], None] = print,
+) -> str:  # fmt: skip
+    """Check the export in `folder`; returns one line for the card. Raises VerifyError, and InputError where
+    transformers is not installed.
+
+    Our side runs in a process of its own (of `workers`, if given). Both models are held in fp32, one after the other.
+    """
+    if importlib.util.find_spec("transformers") is None:
+        raise InputError("--verify needs transformers: pip install 'transformers>=5.23,<6'")
+    same_tensors(folder, checkpoint, target)
+    rows = texts(folder, checkpoint.config.model)
+    if len(rows) == 1:
+        say("no tokenizer in the export: random tokens only are compared, no text")
+    mine = our_logits(folder, checkpoint.config.model, list(rows.values()), workers)
+    theirs = transformers_logits(folder, checkpoint.config.model, list(rows.values()))
+    found = [_difference(name, a, b) for name, a, b in zip(rows, mine, theirs, strict=True)]
+    for one in found:
+        mtp = "" if one.mtp is None else "".join(f", MTP {k} {d:.1e}" for k, d in enumerate(one.mtp, 1))
+        say(f"logits over {one.tokens} tokens of {one.text}: largest difference {one.main:.1e}{mtp}")
+    worst = max(d for one in found for d in (one.main, *(one.mtp or ())))
+    if not worst <= TOLERANCE:  # NaN too
+        raise VerifyError(f"logits differ from transformers' by {worst:.2e}; at most {TOLERANCE:.0e} is allowed")
+    return (
+        f"logits equal transformers' within {worst:.1e} (fp32, {' and '.join(rows)}"
+        f"{', MTP included' if found[0].mtp else ''}); no tensor missing, unexpected or misshapen"
+    )
+
+
+def _difference(name: str, ours: torch.Tensor, theirs: torch.Tensor) -> Difference:
+    """Of logits [1+D, T, V] and theirs [1+D, T, V] or, where MTP cannot be compared, [1, T, V]."""
+    tokens = ours.shape[1]
+    by_depth = [float((ours[k, : tokens - k] - theirs[k, : tokens - k]).abs().max()) for k in range(len(theirs))]
+    return Difference(name, tokens, by_depth[0], tuple(by_depth[1:]) if len(theirs) == len(ours) else None)
+
+
+def same_tensors(folder: Path, checkpoint: Checkpoint, target: torch.dtype) -> None:
+    """Raises VerifyError unless `folder` holds the checkpoint's values in type `target`, and no other tensor."""
+    with WeightFolder(folder) as written:
+        left = set(written.entries)
+        for block, values in stream(checkpoint, target):
+            if block.theirs not in left:
+                raise VerifyError(f"{folder}: {block.theirs} was not written")
+            left.discard(block.theirs)
+            again = written.read(block.theirs)
+            if again.dtype != values.dtype or not torch.equal(_bits(again), _bits(values)):
+                raise VerifyError(f"{folder}: {block.theirs} is not what {checkpoint.path} holds")
+        if left:
+            raise VerifyError(f"{folder}: {sorted(left)[:3]} belong to no model")
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(torch.uint8)
+
+
+def texts(folder: Path, model: Model) -> dict[str, list[int]]:
+    """What is compared: random tokens and, where the export has a tokenizer, a text; at most `_LENGTH` tokens each."""
+    length = min(_LENGTH, model.max_position_embeddings)
+    generator = torch.Generator().manual_seed(0)
+    rows = {"random tokens": torch.randint(0, model.vocab_size, (length,), generator=generator).tolist()}
+    if (folder / "tokenizer.json").is_file():
+        from tokenizers import Tokenizer
+
+        ids = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(_TEXT, add_special_tokens=False).ids
+        rows["a text"] = ids[:length]
+    return rows
+
+
+# ---------------------------------------------------------------- the two sides
+
+
+def our_logits(folder: Path, model: Model, rows: list[list[int]], workers: Workers | None = None) -> list[torch.Tensor]:
+    """Logits [1+D, T, V] of each row from the tensors in `folder`, by our model in a process of one."""
+    if workers is not None:
+        return workers.run(1, ours.logits, str(folder), model, rows)[0]
+    with Workers(1, threads=torch.get_num_threads(), timeout_s=24 * 3600.0) as own:
+        return own.run(1, ours.logits, str(folder), model, rows)[0]
+
+
+def transformers_logits(folder: Path, model: Model, rows: list[list[int]]) -> list[torch.Tensor]:
+    """Logits [1+D, T, V] of each row by transformers, [1, T, V] where it cannot build this model's MTP layers.
+
+    Raises VerifyError if it finds a tensor missing, unexpected or misshapen, MTP layers aside.
+    """
+    from transformers import DeepseekV3ForCausalLM
+
+    last = model.num_layers + model.num_nextn_predict_layers
+    mtp_layers = tuple(f"model.layers.{n}." for n in range(model.num_layers, last))
+    with _quiet():
+        net, info = DeepseekV3ForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+        complaints = {
+            "missing": set(info["missing_keys"]),
+            "unexpected": {name for name in info["unexpected_keys"] if not name.startswith(mtp_layers)},
+            "mismatched": {str(one) for one in info["mismatched_keys"]},
+            "failed": {str(one) for one in info.get("error_msgs") or ()},
+        }
+        if found := {kind: sorted(names)[:3] for kind, names in complaints.items() if names}:
+            raise VerifyError(f"transformers, loading {folder}: {found}")
+        net.eval()
+        mtp = _mtp_model(net, model)
+    with torch.no_grad():
+        return [_their_forward(net, mtp, model, row) for row in rows]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' bars, and its list of MTP tensors as unexpected: they are accounted for by name."""
+    from transformers.utils import logging as reports
+
+    level, bars = reports.get_verbosity(), reports.is_progress_bar_enabled()
+    reports.set_verbosity_error()
+    reports.disable_progress_bar()
+    try:
+        yield
+    finally:
+        reports.set_verbosity(level)
+        if bars:
+            reports.enable_progress_bar()
+
+
+def _mtp_model(net: Any, model: Model) -> Any:
+    """transformers' MtpModel with the MTP tensors, or None where there is none to compare.
+
+    transformers 5.23 finds them by a pattern with V3's layer number 61, and gives every MTP layer experts.
+    """
+    if not model.num_nextn_predict_layers or not model.n_routed_experts:
+        return None
+    from transformers.modeling_layers import MtpModel
+
+    last = model.num_layers + model.num_nextn_predict_layers
+    net._keys_to_ignore_on_load_unexpected = [rf"model\.layers\.{n}\." for n in range(model.num_layers, last)]
+    return MtpModel.from_pretrained(net).eval()
+
+
+def _their_forward(net: Any, mtp: Any, model: Model, row: list[int]) -> torch.Tensor:
+    ids = torch.tensor([row])
+    hidden = net.model(ids, use_cache=False).last_hidden_state
+    outs = [net.lm_head(hidden)[0]]
+    positions = torch.arange(len(row))[None]
+    depths = range(model.num_nextn_predict_layers) if mtp is not None else ()
+    for depth in depths:
+        ids = torch.cat((ids[:, 1:], ids.new_zeros(1, 1)), dim=1)
+        hidden = mtp.forward_layer(depth, hidden, positions, None, input_ids=ids)
+        outs.append(mtp.shared_head(hidden)[0])
+    return torch.stack(outs).float()
