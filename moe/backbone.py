@@ -16,7 +16,7 @@ from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_backend
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.enums import AttnMaskType, LayerType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
@@ -53,6 +53,7 @@ class BackboneConfig:
     dtype: torch.dtype = torch.float32
     dispatcher: str = "alltoall"
     fp8: str = "off"  # Transformer Engine's recipe: blockwise (V3 section 3.3), current, mxfp8
+    layout: str | None = None  # Megatron-core's pipeline layout, such as Ett|tt|tmL; None: equal stages
     recompute_granularity: str | None = None
     recompute_modules: tuple[str, ...] = ()
 
@@ -123,6 +124,7 @@ def transformer_config(config: BackboneConfig) -> MLATransformerConfig:
         tensor_model_parallel_size=mesh.tp,
         sequence_parallel=mesh.tp > 1,
         pipeline_model_parallel_size=mesh.pp,
+        pipeline_model_parallel_layout=config.layout,
         virtual_pipeline_model_parallel_size=mesh.vpp if mesh.vpp > 1 else None,
         context_parallel_size=mesh.cp,
         expert_model_parallel_size=mesh.ep,
@@ -242,9 +244,14 @@ def build(config: BackboneConfig, vp_stage: int | None = None, pp_rank: int | No
     dense, expert = _layer_specs(config, backend, scale)
     first_expert = config.model.first_k_dense_replace
     all_layers = [expert if expert is not None and i >= first_expert else dense for i in range(mc.num_layers)]
-    offset = get_transformer_layer_offset(mc, vp_stage=vp_stage, pp_rank=pp_rank)
-    count = get_num_layers_to_build(mc, vp_stage=vp_stage, pp_rank=pp_rank)
-    block = TransformerBlockSubmodules(layer_specs=all_layers[offset : offset + count], layer_norm=backend.layer_norm())
+    if mc.pipeline_model_parallel_layout is not None:
+        layers = mc.pipeline_model_parallel_layout.get_layer_id_list(LayerType.decoder, vp_stage, pp_rank)
+    else:
+        offset = get_transformer_layer_offset(mc, vp_stage=vp_stage, pp_rank=pp_rank)
+        layers = range(offset, offset + get_num_layers_to_build(mc, vp_stage=vp_stage, pp_rank=pp_rank))
+    block = TransformerBlockSubmodules(
+        layer_specs=[all_layers[layer] for layer in layers], layer_norm=backend.layer_norm()
+    )
     mtp_spec = None
     if mc.mtp_num_layers and mtp_on_this_rank(
         layout=mc.pipeline_model_parallel_layout,

@@ -15,13 +15,8 @@ from perilune.moe.router import Router, StepScale
 from perilune.parallel import mesh as meshes
 from perilune.parallel import precision
 from perilune.parallel.mesh import Mesh
+from perilune.pretrain.rules import mesh_of as mesh_of
 from perilune.pretrain.schema import Config
-
-
-def mesh_of(config: Config, world: int) -> Mesh:
-    """The mesh that `config.parallel` asks for on `world` processes. Raises LayoutError with every degree."""
-    p = config.parallel
-    return Mesh(world=world, tp=p.tp, pp=p.pp, vpp=p.vpp, cp=p.cp, ep=p.ep, etp=p.etp)
 
 
 def backbone_config(config: Config, mesh: Mesh) -> backbone.BackboneConfig:
@@ -33,6 +28,7 @@ def backbone_config(config: Config, mesh: Mesh) -> backbone.BackboneConfig:
         dtype=precision.dtype(config.precision.compute),
         dispatcher=config.parallel.dispatcher,
         fp8=config.precision.fp8,
+        layout=config.parallel.layout,
         recompute_granularity=None if granularity == "none" else granularity,
         recompute_modules=config.recompute.modules,
     )

@@ -2,23 +2,46 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 from perilune.parallel.mesh import LayoutError, Mesh
 from perilune.pretrain.errors import InputError
+from perilune.pretrain.plan.stages import stages_of
 from perilune.pretrain.schema import Config, Model
 
 
-def check(config: Config, world: int, gpus: int) -> None:
-    """Raise InputError for the first thing in `config` that cannot run on `world` processes with `gpus` GPUs here."""
-    p = config.parallel
-    try:
-        mesh = Mesh(world=world, tp=p.tp, pp=p.pp, vpp=p.vpp, cp=p.cp, ep=p.ep, etp=p.etp)
-    except LayoutError as error:
-        raise InputError(str(error)) from error
-    for problem in (*_not_built(config, gpus), *_model(config.model), *_batch(config), *_layout(config, mesh)):
+def check(config: Config, world: int) -> None:
+    """Raise InputError for the first thing in `config` that does not fit together, `world` processes, or is not built."""
+    mesh = mesh_of(config, world)
+    for problem in (*_not_built(config), *_model(config.model), *_batch(config), *_layout(config, mesh)):
         raise InputError(problem)
 
 
-def _not_built(config: Config, gpus: int) -> list[str]:
+def check_machine(config: Config, gpus: int) -> None:
+    """Raise InputError for what this machine, with `gpus` GPUs, lacks to run `config`."""
+    fp8, p = config.precision.fp8, config.parallel
+    if fp8 != "off" and not gpus:
+        raise InputError(f"precision.fp8={fp8} needs a GPU, and there is none here; use precision.fp8=off")
+    if fp8 != "off" and importlib.util.find_spec("transformer_engine_torch") is None:
+        raise InputError(
+            f"precision.fp8={fp8} needs Transformer Engine: pip install 'perilune[gpu]', or use precision.fp8=off"
+        )
+    if p.etp > 1 and p.ep > 1 and not gpus:
+        raise InputError(
+            f"parallel.ep={p.ep} with parallel.etp={p.etp} needs uneven all-gathers, which gloo lacks; set one to 1"
+        )
+
+
+def mesh_of(config: Config, world: int) -> Mesh:
+    """The mesh that `config.parallel` asks for on `world` processes; InputError with every degree if it cannot be."""
+    p = config.parallel
+    try:
+        return Mesh(world=world, tp=p.tp, pp=p.pp, vpp=p.vpp, cp=p.cp, ep=p.ep, etp=p.etp)
+    except LayoutError as error:
+        raise InputError(str(error)) from error
+
+
+def _not_built(config: Config) -> list[str]:
     p, precision = config.parallel, config.precision
     problems = []
     if precision.compute == "fp16":
@@ -28,31 +51,14 @@ def _not_built(config: Config, gpus: int) -> list[str]:
         )
     if precision.fp8 == "emulated":
         problems.append("precision.fp8=emulated is not built yet; use precision.fp8=off")
-    elif precision.fp8 != "off" and not gpus:
-        problems.append(f"precision.fp8={precision.fp8} needs a GPU, and there is none here; use precision.fp8=off")
     elif precision.fp8 != "off" and precision.compute != "bf16":
         problems.append(f"precision.fp8={precision.fp8} needs precision.compute=bf16, not {precision.compute}")
-    elif precision.fp8 != "off":
-        from perilune.parallel.precision import have_transformer_engine
-
-        if not have_transformer_engine():
-            problems.append(
-                f"precision.fp8={precision.fp8} needs Transformer Engine: pip install 'perilune[gpu]', or use "
-                "precision.fp8=off"
-            )
     if config.optim.name != "adamw":
         problems.append(f"optim.name={config.optim.name} is not built yet; use optim.name=adamw")
-    for axis in ("vpp", "cp"):
-        if getattr(p, axis) > 1:
-            problems.append(f"parallel.{axis}={getattr(p, axis)} is not built yet; use parallel.{axis}=1")
-    if p.layout is not None:
-        problems.append(f"parallel.layout={p.layout!r} is not built yet; leave it out for equal stages")
+    if p.cp > 1:
+        problems.append(f"parallel.cp={p.cp} is not built yet; use parallel.cp=1")
     if p.dispatcher == "flex":
         problems.append("parallel.dispatcher=flex is not built yet; use alltoall or allgather")
-    if p.etp > 1 and p.ep > 1 and not gpus:
-        problems.append(
-            f"parallel.ep={p.ep} with parallel.etp={p.etp} needs uneven all-gathers, which gloo lacks; set one to 1"
-        )
     if config.recompute.granularity != "none":
         problems.append(f"recompute.granularity={config.recompute.granularity} is not built yet; use none")
     if config.recompute.modules:
@@ -132,7 +138,19 @@ def _model(m: Model) -> list[str]:
 
 def _layout(config: Config, mesh: Mesh) -> list[str]:
     m, p = config.model, config.parallel
+    stages = stages_of(m, p)  # raises InputError where layers and stages do not fit
     problems = []
+    if any(stage.mtp and not stage.loss for stage in stages):
+        problems.append(
+            f"parallel.layout={p.layout!r} has MTP on a stage without the loss: Megatron-core 0.19 then reduces the "
+            "gradients of embedding and head wrongly, or hangs; put m beside L, as in Ett|tmL"
+        )
+    if p.vpp > 1 and config.train.global_batch_size // (mesh.dp * config.train.micro_batch_size) % p.pp:
+        problems.append(
+            f"parallel.vpp={p.vpp} needs a number of micro-batches that is a multiple of parallel.pp={p.pp}: it is "
+            f"train.global_batch_size={config.train.global_batch_size} / ({mesh.dp} data-parallel ranks x "
+            f"train.micro_batch_size={config.train.micro_batch_size})"
+        )
     shared = m.n_shared_experts * m.moe_intermediate_size
     for axis, degree, sizes in (
         (
@@ -150,7 +168,6 @@ def _layout(config: Config, mesh: Mesh) -> list[str]:
         ),
         ("etp", p.etp, {"moe_intermediate_size": m.moe_intermediate_size}),
         ("ep", p.ep, {"n_routed_experts": m.n_routed_experts}),
-        ("pp", p.pp, {"num_layers": m.num_layers}),
     ):
         for name, size in sizes.items():
             if degree > 1 and size % degree:

@@ -12,7 +12,7 @@ from megatron.core import parallel_state
 from perilune.kernels import attention
 from perilune.parallel import mesh as meshes
 from perilune.parallel import precision
-from perilune.pretrain import checkpoint, model, optimizer
+from perilune.pretrain import checkpoint, model, optimizer, rules
 from perilune.pretrain.data.stream import DataState, Stream, open_stream, valid_batches
 from perilune.pretrain.errors import Preempted
 from perilune.pretrain.meter import Meter
@@ -31,7 +31,7 @@ def run(config: Config, run_dir: Path, world: int, *, init_from: Path | None = N
     checkpoint, InputError for data or checkpoints that cannot be used, FloatingPointError after too many bad steps.
     """
     stop = _Stop()
-    mesh = model.mesh_of(config, world)
+    mesh = rules.mesh_of(config, world)
     meshes.start(mesh)
     net = model.build(config, mesh)
     optim = optimizer.build(config, net)

@@ -35,10 +35,12 @@ def train_command(
     gpus = _gpus()
     inside = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     world = int(os.environ["WORLD_SIZE"]) if inside else nproc or _processes(config, gpus)
-    rules.check(config, world, gpus)
     if dry_run:
         print(describe(config, world, run_dir))
+    rules.check(config, world)
+    if dry_run:  # the plan may be for another machine
         return 0
+    rules.check_machine(config, gpus)
     if init_from is not None and not init_from.is_dir():
         raise InputError(f"--init-from {init_from}: no such checkpoint folder")
     if int(os.environ.get("RANK", "0")) == 0 or not inside:
@@ -62,16 +64,23 @@ def train_command(
 
 def describe(config: Config, world: int, run_dir: Path) -> str:
     """The resolved run as text: config, layout, counts."""
-    from perilune.pretrain.plan.counts import table
+    from perilune.pretrain.plan.counts import rank_table, table
     from perilune.pretrain.timetable import Timetable
 
-    p = config.parallel
-    dp = world // (p.tp * p.pp * p.cp)
-    plan = Timetable(config, dp)
-    layout = f"{world} processes: tp={p.tp} pp={p.pp} vpp={p.vpp} cp={p.cp} dp={dp}; experts ep={p.ep} etp={p.etp}"
-    length = f"{plan.total_steps:,} steps, {plan.total_tokens:,} tokens"
-    return "\n".join([configs.to_yaml(config), f"layout: {layout}", f"length: {length}", f"run: {run_dir}", "",
-                      table(config.model, config.data.seq_len)])  # fmt: skip
+    mesh = rules.mesh_of(config, world)
+    plan = Timetable(config, mesh.dp)
+    return "\n".join(
+        [
+            configs.to_yaml(config),
+            f"run: {run_dir}",
+            f"length: {plan.total_steps:,} steps, {plan.total_tokens:,} tokens",
+            f"layout: {mesh.describe()}, data-parallel {mesh.dp}, copies of each expert {mesh.expert_dp}",
+            "",
+            table(config.model, config.data.seq_len),
+            "",
+            rank_table(config, world),
+        ]
+    )
 
 
 def _with_valid(config: Config) -> Config:

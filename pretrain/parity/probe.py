@@ -15,7 +15,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 
 from perilune.parallel import mesh as meshes
 from perilune.pretrain import model as models
-from perilune.pretrain import step
+from perilune.pretrain import rules, step
 from perilune.pretrain.hf.table import Block, blocks
 from perilune.pretrain.objective import next_token
 from perilune.pretrain.schema import Config
@@ -81,7 +81,7 @@ def _pieces(model: models.Model, values: Callable[[torch.Tensor], torch.Tensor |
 
 
 def _start(config: Config) -> tuple[models.Model, int]:
-    mesh = models.mesh_of(config, dist.get_world_size())
+    mesh = rules.mesh_of(config, dist.get_world_size())
     meshes.start(mesh, timeout_s=60)
     return models.build(config, mesh), mesh.dp
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import reference
 import torch
 
 from perilune.parallel.workers import Workers
@@ -20,12 +18,6 @@ from perilune.pretrain.data.collate import collate
 from perilune.pretrain.data.shard import Row
 from perilune.pretrain.parity import probe
 from perilune.pretrain.schema import Config, Model, Parallel
-
-spec = importlib.util.spec_from_file_location("reference", Path(__file__).parents[1] / "reference.py")
-assert spec is not None and spec.loader is not None
-reference = importlib.util.module_from_spec(spec)
-sys.modules["reference"] = reference
-spec.loader.exec_module(reference)
 
 TINY = presets.get("tiny")
 SEQ_LEN = TINY.data.seq_len
@@ -138,6 +130,8 @@ def test_losses_routing_and_gradients_equal_the_reference(variant: str, workers:
         (2, 2, {"tp": 2}),
         (2, 4, {"tp": 2, "etp": 2}),
         (2, 1, {"pp": 2}),
+        (2, 1, {"pp": 2, "layout": "Ettt|tmmL"}),
+        (2, 2, {"pp": 2, "vpp": 2}),
         (4, 2, {"tp": 2, "ep": 4}),
         (4, 1, {"tp": 2, "pp": 2, "ep": 2}),
     ],

@@ -1,0 +1,48 @@
+"""Analytic counts against what Megatron-core builds on the meta device, on every class of rank of a layout."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from perilune.pretrain import presets
+from perilune.pretrain.plan.built import count_rank
+from perilune.pretrain.plan.counts import parameters, parameters_per_rank
+from perilune.pretrain.schema import Config, Precision
+
+
+def plain(name: str, **parallel: object) -> Config:
+    config = presets.get(name)
+    degrees = replace(config.parallel, **parallel) if parallel else config.parallel  # type: ignore[arg-type]
+    return replace(config, parallel=degrees, precision=Precision(compute="bf16"))
+
+
+LAYOUTS = {
+    "deepseek_v3 as published": (plain("deepseek_v3"), 1024),
+    "deepseek_v3 tp, ep, etp": (plain("deepseek_v3", pp=1, layout=None, tp=8, ep=32, etp=2), 64),
+    "deepseek_v3 uneven with vpp": (
+        plain("deepseek_v3", pp=4, vpp=2, ep=8, layout="E" + "t" * 7 + ("|" + "t" * 8) * 6 + "|" + "t" * 6 + "mL"),
+        32,
+    ),
+    "moonlight": (plain("moonlight_16b_a3b", tp=2, pp=1, ep=8), 8),
+    "proxy_100m": (plain("proxy_100m", pp=4, tp=2, ep=2), 8),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_counts_equal_the_built_model_on_every_stage(layout: str) -> None:
+    config, world = LAYOUTS[layout]
+    for stage in range(config.parallel.pp):
+        assert count_rank(config, world, stage) == parameters_per_rank(config.model, config.parallel, stage), stage
+
+
+@pytest.mark.parametrize(
+    ("name", "total"), [("deepseek_v3", 671_026_419_200), ("moonlight_16b_a3b", 15_289_021_568 + 2 * 163840 * 2048)]
+)
+def test_one_rank_that_holds_all_has_the_published_number(name: str, total: int) -> None:
+    config = plain(name, pp=1, ep=1, tp=1, layout=None)
+    config = replace(config, model=replace(config.model, num_nextn_predict_layers=0))
+    built = count_rank(config, 1, 0)
+    assert built.total + built.router_bias == total
+    assert parameters(config.model).total == built.total + built.router_bias
