@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import importlib.util
+from functools import partial
 
 from perilune.parallel.mesh import LayoutError, Mesh
 from perilune.pretrain.errors import InputError
 from perilune.pretrain.plan.stages import stages_of
-from perilune.pretrain.schema import Config, Model
+from perilune.pretrain.schema import Config
 
 
 def check(config: Config, world: int) -> None:
-    """Raise InputError for the first thing in `config` that does not fit together, `world` processes, or is not built."""
+    """Raise InputError for the first thing in `config` that does not fit `world` processes, or is not built."""
     mesh = mesh_of(config, world)
-    for problem in (*_not_built(config), *_model(config.model), *_batch(config), *_layout(config, mesh)):
-        raise InputError(problem)
+    # One after the other: each may count on what those before it have let pass.
+    for rule in (_not_built, _model, _batch, partial(_layout, mesh=mesh)):
+        for problem in rule(config):
+            raise InputError(problem)
 
 
 def check_machine(config: Config, gpus: int) -> None:
@@ -94,7 +97,8 @@ def _batch(config: Config) -> list[str]:
     return problems
 
 
-def _model(m: Model) -> list[str]:
+def _model(config: Config) -> list[str]:
+    m = config.model
     problems = []
     positive = "num_layers hidden_size num_attention_heads kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim "
     for name in (positive + "intermediate_size vocab_size").split():

@@ -1,0 +1,75 @@
+"""Every refusal names the key, its value and a remedy; every preset is a plan that fits."""
+
+from __future__ import annotations
+
+import pytest
+
+from perilune.pretrain import config as configs
+from perilune.pretrain import presets, rules
+from perilune.pretrain.errors import InputError
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["precision.compute=fp16"], ["precision.compute=fp16", "bf16"]),
+        (["precision.fp8=emulated"], ["precision.fp8=emulated", "precision.fp8=off"]),
+        (["precision.fp8=blockwise"], ["precision.fp8=blockwise", "precision.compute=bf16"]),
+        (["optim.name=muon"], ["optim.name=muon", "adamw"]),
+        (["parallel.cp=2"], ["parallel.cp=2", "not built"]),
+        (["parallel.dispatcher=flex"], ["flex", "alltoall"]),
+        (["recompute.granularity=full"], ["recompute.granularity=full", "none"]),
+        (["data.on_damage=quarantine"], ["data.on_damage=quarantine", "stop"]),
+        (["model.tie_word_embeddings=true"], ["tie_word_embeddings"]),
+        (["model.norm_topk_prob=false"], ["norm_topk_prob"]),
+        (["model.qk_rope_head_dim=7"], ["qk_rope_head_dim=7", "even"]),
+        (["model.first_k_dense_replace=9"], ["first_k_dense_replace=9", "num_layers=3"]),
+        (["model.first_k_dense_replace=3"], ["all 3 layers are dense", "n_routed_experts=16"]),
+        (["model.n_routed_experts=0"], ["n_routed_experts=0", "first_k_dense_replace=3"]),
+        (["model.n_group=5"], ["n_routed_experts=16", "n_group=5"]),
+        (["model.topk_group=5"], ["topk_group=5", "n_group=4"]),
+        (["model.num_experts_per_tok=3"], ["3/2", "multiple of model.topk_group"]),
+        (["model.num_experts_per_tok=9"], ["num_experts_per_tok=9", "8"]),
+        (["parallel.tp=2", "model.num_attention_heads=3"], ["num_attention_heads=3", "parallel.tp=2"]),
+        (["parallel.ep=4", "model.n_routed_experts=6", "model.n_group=1", "model.topk_group=1"], ["=6", "ep=4"]),
+        (["parallel.pp=2"], ["num_layers=3", "parallel.layout"]),
+        (["parallel.pp=2", "parallel.layout=Ett|tm|L"], ["Ett|tm|L"]),
+        (["parallel.pp=2", "parallel.layout=Etttm|L"], ["MTP", "loss"]),
+        (["train.global_batch_size=6", "train.micro_batch_size=4"], ["train.global_batch_size=6", "= 4"]),
+        (["train.micro_batch_size=0"], ["train.micro_batch_size=0", "at least 1"]),
+        (["data.seq_len=128"], ["data.seq_len=128", "max_position_embeddings=64"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_what_cannot_run_is_refused_in_one_sentence(overrides: list[str], words: list[str]) -> None:
+    config = configs.resolve("tiny", overrides)
+    p = config.parallel
+    with pytest.raises(InputError) as refused:
+        rules.check(config, world=4 if max(p.tp, p.pp, p.ep, p.cp) > 1 else 1)
+    assert "\n" not in str(refused.value)
+    for word in words:
+        assert word in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "world", "overrides"),
+    [
+        ("tiny", 1, []),
+        ("demo", 2, []),
+        ("proxy_100m", 8, ["parallel.tp=2", "parallel.pp=2", "parallel.ep=2"]),
+        ("moonlight_16b_a3b", 8, ["optim.name=adamw"]),
+        ("deepseek_v3", 2048, ["recompute.granularity=none", "recompute.modules=[]"]),
+    ],
+)
+def test_presets_fit(name: str, world: int, overrides: list[str]) -> None:
+    rules.check(configs.resolve(name, overrides), world)
+    assert name in presets.names()
+
+
+def test_this_machine_is_asked_apart_from_the_plan() -> None:
+    config = configs.resolve("tiny", ["precision.compute=bf16", "precision.fp8=blockwise"])
+    rules.check(config, 1)
+    with pytest.raises(InputError, match="needs a GPU"):
+        rules.check_machine(config, gpus=0)
+    with pytest.raises(InputError, match="gloo"):
+        rules.check_machine(configs.resolve("tiny", ["parallel.ep=2", "parallel.etp=2"]), gpus=0)
