@@ -17,7 +17,7 @@ setup(
     python_requires=">=3.12",  # megatron-core 0.19 needs it; on 3.11 pip silently falls back to 0.16
     packages=packages,
     package_dir={"perilune": "."},
-    package_data={"": ["py.typed"]},
+    package_data={"": ["py.typed"], "perilune.pretrain.report": ["*.html", "*.css", "*.js"]},
     install_requires=[
         "torch>=2.11",
         "megatron-core>=0.19,<0.20",  # the layer specs and the patch list of parallel/cpu.py are for 0.19
@@ -32,6 +32,7 @@ setup(
         "safetensors>=0.4",
         "webdataset>=0.2.100",
         "tensorboard",
+        "jinja2>=3.1",
         "zstandard",
         "pyarrow",
         "fsspec",
@@ -48,6 +49,7 @@ setup(
             "ruff",
             "mypy",
             "types-PyYAML",
+            "selenium>=4.20",  # the report in a browser; without chromium and its driver that test is skipped
             "import-linter",
         ],
     },

@@ -49,6 +49,21 @@ class _PresetCommand(click.Command):
         formatter.write_text(f"Presets: {', '.join(presets.names())}")
 
 
+class _CompareCommand(click.Command):
+    """A command whose --compare takes as many folders as follow it."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        spread: list[str] = []
+        taking = False
+        for word in args:
+            if word.startswith("-"):
+                taking = word == "--compare"
+            elif taking and spread[-1] != "--compare":
+                spread.append("--compare")
+            spread.append(word)
+        return super().parse_args(ctx, spread)
+
+
 FOLDER = click.Path(file_okay=False, path_type=Path)
 FOLDER_THERE = click.Path(file_okay=False, exists=True, path_type=Path)
 FILE_THERE = click.Path(dir_okay=False, exists=True, path_type=Path)
@@ -225,6 +240,30 @@ def train(
     from perilune.pretrain.train_command import train_command
 
     ctx.exit(train_command(preset, overrides, config_file, run_dir, nproc, dry_run, profile, init_from))
+
+
+@main.command(cls=_CompareCommand, short_help="A run's curves and facts as one HTML file.")
+@click.argument("run_dir", metavar="RUN", type=FOLDER)
+@click.option(
+    "--compare", type=FOLDER, multiple=True, metavar="RUN...", help="Other runs, drawn beside the first; 7 at most."
+)
+@click.option(
+    "--out", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="[default: RUN/report.html]"
+)
+def report(run_dir: Path, compare: tuple[Path, ...], out: Path | None) -> None:
+    """Write a report on the run directory RUN: one HTML file that needs no network and no other file.
+
+    Loss, bits per byte, learning rate, speed, gradient norm, where the experts' tokens went, data, model, configuration
+    and environment. A run that still goes on is shown as far as it is.
+
+    \b
+    Examples:
+      perilune report runs/first
+      perilune report runs/first --compare runs/second runs/third --out comparison.html
+    """
+    from perilune.pretrain.report.page import write_report
+
+    click.echo(f"report: {write_report(run_dir, compare, out)}")
 
 
 @main.command(short_help="A checkpoint as a folder that transformers, vLLM and SGLang load.")
