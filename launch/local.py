@@ -41,6 +41,7 @@ def run(command: Sequence[str], nproc: int, log_dir: Path, threads: int = 0) -> 
         base.setdefault("GLOO_SOCKET_IFNAME", "lo")
     children: list[subprocess.Popen[bytes]] = []
     files: list[IO[bytes]] = []
+    file: IO[bytes]
     asked = 0
 
     def pass_on(number: int, frame: object) -> None:

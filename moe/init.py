@@ -54,7 +54,7 @@ def draw_weights(model: torch.nn.Module, seed: int, std: float) -> None:
         return values.reshape(part.local_shape)
 
     with torch.no_grad():
-        for entry in model.sharded_state_dict().values():
+        for entry in model.sharded_state_dict().values():  # type: ignore[operator]
             if isinstance(entry, ShardedTensorFactory):
                 entry.data.copy_(torch.cat([draw(part) for part in entry.build()], dim=entry.data.ndim - 2))
             elif isinstance(entry, ShardedTensor):

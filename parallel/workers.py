@@ -58,9 +58,10 @@ class Workers:
                 self.close()
                 raise WorkerError(f"ranks {sorted(waiting.values())} of {world} gave no answer in {self._timeout_s} s")
             for pipe in ready:
-                rank = waiting[pipe]  # type: ignore[index]
+                assert isinstance(pipe, Connection)
+                rank = waiting[pipe]
                 try:
-                    ok, value = pipe.recv()  # type: ignore[union-attr]
+                    ok, value = pipe.recv()
                 except EOFError:
                     ok, value = False, f"process ended with exit code {self._processes[rank].exitcode}"
                 if not ok:

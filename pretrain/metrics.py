@@ -59,7 +59,7 @@ class RunLog:
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
         self._progress = ProgressLines(step, total_steps)
 
-    def step(self, step: int, tokens: int, result: StepResult, more: dict[str, float]) -> None:
+    def step(self, step: int, tokens: int, result: StepResult, more: dict[str, float | None]) -> None:
         """Record a step: `tokens` consumed so far, `more` are lr, tokens_per_s, mfu, data_wait_s."""
         if not self.writes:
             return

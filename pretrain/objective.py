@@ -5,14 +5,19 @@ T tokens of the micro-batch, D the MTP depth.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Protocol
 
 import torch
 
 from perilune.pretrain.data.batch import PackedBatch
 
-# (per-token losses [1+D, T], batch, MTP weight lambda) -> (sum to differentiate, main-loss tokens, sums to log)
-Objective = Callable[[torch.Tensor, PackedBatch, float], tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]
+
+class Objective(Protocol):
+    """Per-token losses [1+D, T] into the sum to differentiate, the count of main-loss tokens, and sums to log."""
+
+    def __call__(
+        self, losses_DT: torch.Tensor, batch: PackedBatch, mtp_weight: float
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]: ...
 
 
 def next_token(

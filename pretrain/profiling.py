@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ class Trace:
 
 
 @contextlib.contextmanager
-def explain_out_of_memory(run_dir: Path, chunks: list[torch.nn.Module], optimizer: Any) -> Iterator[None]:
+def explain_out_of_memory(run_dir: Path, chunks: Sequence[torch.nn.Module], optimizer: Any) -> Iterator[None]:
     """Where an allocation fails, write what this process holds by part and add the largest part to the error."""
     try:
         yield
@@ -70,15 +70,11 @@ def explain_out_of_memory(run_dir: Path, chunks: list[torch.nn.Module], optimize
         ) from error
 
 
-def held(chunks: list[torch.nn.Module], optimizer: Any) -> dict[str, int]:
+def held(chunks: Sequence[torch.nn.Module], optimizer: Any) -> dict[str, int]:
     """Bytes that this process holds by part. Activations are what is allocated beyond the rest (GPU only)."""
     weights = sum(p.numel() * p.element_size() for chunk in chunks for p in chunk.parameters())
-    gradients = sum(
-        p.main_grad.numel() * p.main_grad.element_size()
-        for chunk in chunks
-        for p in chunk.parameters()
-        if getattr(p, "main_grad", None) is not None
-    )
+    buffers = (getattr(p, "main_grad", None) for chunk in chunks for p in chunk.parameters())
+    gradients = sum(b.numel() * b.element_size() for b in buffers if b is not None)
     state = 0
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         for values in part.optimizer.state.values():
