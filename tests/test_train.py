@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import signal
@@ -159,3 +160,17 @@ def test_a_poisoned_step_changes_nothing_and_enough_of_them_stop_the_run(packed:
     assert len(entries) == 3 and all(entry["skipped"] and entry["grad_norm"] is None for entry in entries)
     log = (tmp_path / "run" / "logs" / "rank_0.log").read_text()
     assert "FloatingPointError" in log
+
+
+def test_profile_and_weights_of_another_run(packed: Path, tmp_path: Path, perilune: Any) -> None:
+    words = ["train", "tiny", f"data.path={packed}", "optim.lr=0.01", "schedule.lr=constant"]
+    said = perilune(*words, "train.steps=12", "--run", "first", "--profile")
+    assert said.returncode == 0, said.stdout + said.stderr
+    with gzip.open(tmp_path / "first" / "profile" / "rank_0.json.gz") as file:
+        events = json.load(file)["traceEvents"]
+    assert any("grouped_mm" in event.get("name", "") for event in events)
+
+    said = perilune(*words, "train.steps=1", "--run", "second", "--init-from", "first/checkpoints/step_00000012")
+    assert said.returncode == 0, said.stdout + said.stderr
+    first, second = metrics(tmp_path / "first"), metrics(tmp_path / "second")
+    assert second[0]["loss"] < first[0]["loss"] - 0.5  # the same rows, seen by trained weights
