@@ -37,15 +37,9 @@ __all__ = ["CheckpointError", "SaveError", "init_from", "latest", "load", "save"
 
 log = logging.getLogger(__name__)
 
-# Megatron-core's names for: optimizer state in the shape of its parameter, under the parameter's name, whichever of
-# the chained optimizers (dense, experts) holds it; every layer a tensor of its own, never stacked.
-_FORM = {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "chained_optim_avoid_prefix": True,
-    "non_homogeneous_layers": True,
-}
-_STATE = "optimizer.state."
-_MASTER = _STATE + "param."  # the distributed optimizer's name; the plain mixed-precision one says fp32_param
+_FORM = {"non_homogeneous_layers": True}  # every layer a tensor of its own, never stacked
+_MASTER = "optimizer.state.param."  # as the distributed optimizer names it...
+_PLAIN_MASTER = "optimizer.state.fp32_param."  # ...and as the plain mixed-precision one does
 _NAMED = 5  # names in a message
 
 
@@ -117,10 +111,7 @@ def _optimizers(optimizer: Any) -> list[Any]:
 
 
 def _begin(optimizer: Any) -> None:
-    """Give a new optimizer the zero moments and step count that its first step would give it.
-
-    Megatron-core 0.19.2 reads the step count of torch's AdamW before there is one (distrib_optimizer.py, state_dict).
-    """
+    """Give a new optimizer the zero moments and step count that its first step would give it."""
     for one in _optimizers(optimizer):
         if getattr(one, "grad_scaler", None) is not None:
             raise TypeError("dynamic loss scaling (fp16) is not built: its scale would be lost")
@@ -137,10 +128,12 @@ def _counts_by_parameter(one: Any) -> bool:
 
 def _adam_step(optimizer: Any) -> int:
     """The step count that all parameters of all ranks share. Raises ValueError if they do not."""
-    counts = set()
+    counts: set[int] = set()
     for one in _optimizers(optimizer):
-        inner = one.optimizer
-        counters = inner.state.values() if _counts_by_parameter(one) else inner.param_groups
+        if _counts_by_parameter(one):
+            counters = list(one.optimizer.state.values())
+        else:  # a group without parameters on this rank is not counted up
+            counters = [group for group in one.optimizer.param_groups if group["params"]]
         counts.update(int(counter.get("step", 0)) for counter in counters)
     found = sorted(set().union(*_gathered(counts)))
     if len(found) != 1:
@@ -148,15 +141,47 @@ def _adam_step(optimizer: Any) -> int:
     return found[0]
 
 
-def _load_optimizer(optimizer: Any, state: Any, step: int) -> None:
-    """Put loaded moments and masters into Megatron-core's optimizers, all at Adam step `step`.
+def _optimizer_state(optimizer: Any, model_state: dict[str, Any], is_loading: bool) -> dict[int, Any]:
+    """Optimizer in the chain -> its sharded moments and masters, in the shape and under the name of the weight.
 
-    Not by its load_state_dict alone: 0.19.2 wants a "step" among the tensors of torch's AdamW that it has not saved
-    (distrib_optimizer.py, _set_main_param_and_optimizer_states), and would share one step tensor among all parameters,
-    which AdamW then counts up once for each.
+    Masters have one name here, and there are none for fp32 weights: the master of such a weight is the weight.
+
+    The distributed optimizer is asked for its tensors alone: the rest of its state (distrib_optimizer.py, state_dict)
+    cannot be had in 0.19.2 on a rank that holds no parameter of it, as a pipeline stage without experts.
     """
-    for one, part in zip(_optimizers(optimizer), _parts(state), strict=True):
-        if "param_state" in part:
+    _begin(optimizer)
+    weights = {entry.key: entry.data for entry in nested_values(model_state)}
+    state = {}
+    for index, one in enumerate(_optimizers(optimizer)):
+        if _is_distributed(one):
+            part = {"param_state": one.sharded_param_state_fully_reshardable(model_state, is_loading, {})}
+            for tensors in part["param_state"].values():
+                weight = weights[tensors["param"].key.removeprefix(_MASTER)]
+                if weight.dtype is torch.float32:
+                    tensors["param"] = LocalNonpersistentObject(weight.detach())
+        else:
+            part = one.sharded_state_dict(model_state, is_loading=is_loading, metadata=dict(_FORM))
+            for master in nested_values(part.get("fp32_from_fp16_params", [])):
+                master.key = master.key.replace(_PLAIN_MASTER, _MASTER, 1)
+        state[index] = part
+    return state
+
+
+def _is_distributed(one: Any) -> bool:
+    return hasattr(one, "sharded_param_state_fully_reshardable")
+
+
+def _load_optimizer(optimizer: Any, state: dict[int, Any], step: int) -> None:
+    """Put loaded moments and masters into the optimizers of the chain, all at Adam step `step`.
+
+    Megatron-core 0.19.2 wants a "step" among the tensors of torch's AdamW that it has not saved (distrib_optimizer.py,
+    _set_main_param_and_optimizer_states); its plain optimizers want it as "common_step".
+    """
+    for index, one in enumerate(_optimizers(optimizer)):
+        if not one.get_parameters():  # this rank holds none of its weights
+            continue
+        part = state[index]
+        if _is_distributed(one):
             for moments in one.optimizer.state.values():
                 moments.pop("step", None)
             one.load_parameter_state_from_fully_reshardable(part["param_state"])
@@ -167,32 +192,9 @@ def _load_optimizer(optimizer: Any, state: Any, step: int) -> None:
         if _counts_by_parameter(one):
             for moments in one.optimizer.state.values():
                 moments["step"] = torch.tensor(float(step))
-        for group in one.optimizer.param_groups:
-            if "step" in group or not _counts_by_parameter(one):
+        else:
+            for group in one.optimizer.param_groups:
                 group["step"] = step
-
-
-def _parts(state: Any) -> list[dict[str, Any]]:
-    """The state of each optimizer in the chain; a chain of one has no level of its own."""
-    return [state] if "optimizer" in state or "param_groups" in state else [state[index] for index in sorted(state)]
-
-
-def _optimizer_state(optimizer: Any, model_state: dict[str, Any], is_loading: bool) -> Any:
-    """Megatron-core's sharded state of the optimizer, with masters under one name, and none for fp32 weights.
-
-    The master of an fp32 weight is that weight; the distributed optimizer would store it twice, the plain one not.
-    """
-    _begin(optimizer)
-    state = optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=dict(_FORM))
-    weights = {entry.key: entry.data for entry in nested_values(model_state)}
-    for one in _parts(state):
-        for tensors in one.get("param_state", {}).values():
-            weight = weights[tensors["param"].key.removeprefix(_MASTER)]
-            if weight.dtype is torch.float32:
-                tensors["param"] = LocalNonpersistentObject(weight.detach())
-        for master in nested_values(one.get("fp32_from_fp16_params", [])):
-            master.key = master.key.replace(f"{_STATE}fp32_param.", _MASTER, 1)
-    return state
 
 
 def _layout(model: Model) -> dict[str, Any]:

@@ -58,7 +58,8 @@ def committed(folder: Path) -> list[Path]:
 
 def latest(folder: Path) -> Path | None:
     """The newest complete checkpoint, or None. To step back, delete the newer folders."""
-    return (committed(folder) or [None])[-1]
+    found = committed(folder)
+    return found[-1] if found else None
 
 
 # --- manifest -----------------------------------------------------------------------------------------------------

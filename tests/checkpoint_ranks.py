@@ -27,12 +27,12 @@ from perilune.pretrain.timetable import StepPlan
 ROWS = 4
 
 
-def config_of(compute: str = "fp32", **parallel: Any) -> Config:
-    """`tiny` with four layers, so that pp=2 with vpp=2 has one a stage, in a layout."""
+def config_of(compute: str = "fp32", layers: int = 4, **parallel: Any) -> Config:
+    """`tiny` in a layout; four layers, so that pp=2 with vpp=2 has one a stage."""
     tiny = presets.get("tiny")
     return replace(
         tiny,
-        model=replace(tiny.model, num_layers=4),
+        model=replace(tiny.model, num_layers=layers),
         parallel=Parallel(**parallel),
         precision=Precision(compute=compute),  # type: ignore[arg-type]
     )

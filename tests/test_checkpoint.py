@@ -52,9 +52,9 @@ def tensors_of(path: Path, tmp_path: Path) -> dict[str, torch.Tensor]:
 def test_stopped_and_resumed_equals_straight_on_bitwise(workers: Workers, tmp_path: Path) -> None:
     configs = [
         ranks.config_of("bf16", ep=2),
-        ranks.config_of("fp32", ep=2, zero1=False),
         ranks.config_of("bf16", tp=2, zero1=False),
         ranks.config_of("fp32", pp=2, vpp=2),
+        ranks.config_of("bf16", pp=2, layers=2),  # the first stage has no experts, so nothing in their optimizer
     ]
     for results in workers.run(2, ranks.straight_and_resumed, configs, tmp_path):
         for config, result in zip(configs, results, strict=True):
@@ -144,8 +144,6 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
 def test_damage_is_named(name: str, damage: str, saved: dict[str, Any], tmp_path: Path) -> None:
     path = shutil.copytree(saved["path"], tmp_path / "step_00000002")
     assert files.verify(path)["step"] == 2
-    if (name, damage) == ("manifest.json", "longer"):
-        pytest.skip("white space behind JSON is none, a zero byte is a syntax error like any other")
     DAMAGE[damage](path / name)
     with pytest.raises(CheckpointError, match=name):
         files.verify(path)
