@@ -128,8 +128,8 @@ def not_expressible(m: Model) -> Iterator[str]:
         )
     if E // G < 2:
         yield (
-            f"model.n_routed_experts={E} in model.n_group={G} groups leaves {E // G} an expert group, but transformers "
-            "sums the best 2 of a group"
+            f"model.n_routed_experts={E} in model.n_group={G} groups leaves {E // G} expert a group, but transformers "
+            "sums the best 2 of each"
         )
     if not m.n_shared_experts:
         yield "model.n_shared_experts=0, but transformers builds a shared expert in every expert layer"

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -70,7 +71,7 @@ def _config(model: Model, overrides: Sequence[str]) -> Config:
     data = Data(seq_len=min(Data.seq_len, model.max_position_embeddings))
     base = Config(model=model, data=data)
     config = configs.resolve(base.preset, overrides, base=base)
-    rules.check(config, world=1, gpus=0)
+    rules.check(config, world=1)
     return config
 
 
@@ -229,10 +230,24 @@ class _Planner(DefaultSavePlanner):
                 data = TensorWriteData(chunk=chunk, properties=properties, size=torch.Size(tensor.shape))
                 index = MetadataIndex(tensor.name, chunk.offsets)
                 items.append(WriteItem(index=index, type=WriteItemType.SHARD, tensor_data=data))
-        self.plan = SavePlan(items)
+        self.plans = [SavePlan(group) for group in _groups(items)]
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
         return self._reader.piece(*self._pieces[write_item.index.fqn, tuple(write_item.index.offset or ())])
+
+
+def _groups(items: list[WriteItem]) -> Iterator[list[WriteItem]]:
+    """One file each: torch's writer keeps the tensors of a file until it is closed. No larger than the largest item."""
+    sizes = [math.prod(item.tensor_data.chunk.sizes) for item in items if item.tensor_data]
+    group: list[WriteItem] = []
+    held = 0
+    for item, size in zip(items, sizes, strict=True):
+        if group and held + size > max(sizes):
+            yield group
+            group, held = [], 0
+        group.append(item)
+        held += size
+    yield group
 
 
 class _Writer(dcp.FileSystemWriter):
@@ -247,11 +262,10 @@ def _write(reader: _Reader, model: Model, folder: Path) -> None:
     planner = _Planner(reader, model)
     writer = _Writer(folder, single_file_per_rank=True, thread_count=1, sync_files=True)
     writer.set_up_storage_writer(True)
-    (plan,), metadata = create_default_global_save_plan([writer.prepare_local_plan(planner.plan)])
-    (plan,) = writer.prepare_global_plan([plan])
+    plans, metadata = create_default_global_save_plan([writer.prepare_local_plan(plan) for plan in planner.plans])
     with torch.no_grad():
-        written = writer.write_data(plan, planner).wait()
-    writer.finish(metadata, [written])
+        written = [writer.write_data(plan, planner).wait() for plan in writer.prepare_global_plan(plans)]
+    writer.finish(metadata, written)
 
 
 def _manifest(folder: Path, temporary: Path) -> dict[str, object]:
