@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
 from perilune.parallel.workers import Workers
 
 # Before torch is imported anywhere: processes started by tests share the cores, and inherit both.
