@@ -94,7 +94,7 @@ def write(folder: Path, checkpoint: Checkpoint, target: torch.dtype, verdict: st
         "Attention heads": f"{m.num_attention_heads} (MLA, KV latent {m.kv_lora_rank}, query latent {m.q_lora_rank})",
         "Vocabulary": f"{m.vocab_size:,}",
         "Longest position": f"{m.max_position_embeddings:,}",
-        "Tensors": str(target).removeprefix("torch."),
+        "Tensors": _type_of_tensors(checkpoint, target),
     }
     if m.n_routed_experts:
         facts["Experts"] = (
@@ -111,17 +111,17 @@ def write(folder: Path, checkpoint: Checkpoint, target: torch.dtype, verdict: st
         facts["Trained in"] = config.precision.compute
         for path, digest in ((run_state.get("data") or {}).get("fingerprints") or {}).items():
             facts[f"Data `{Path(path).name}`"] = f"fingerprint `{digest}`"
-    facts["Written by"] = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
+    facts["Checkpoint written by"] = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
     if verdict is not None:
         facts["Verified"] = verdict
     table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
-    mtp = (
-        f"\nLayers {m.num_layers} to {m.num_layers + m.num_nextn_predict_layers - 1} are MTP (multi-token prediction) "
-        "layers: vLLM and SGLang read them for speculative decoding; transformers leaves them out and lists them as "
-        "unexpected.\n"
-        if m.num_nextn_predict_layers
-        else ""
-    )
+    mtp = ""
+    if m.num_nextn_predict_layers:
+        names = ", ".join(f"`model.layers.{m.num_layers + depth}`" for depth in range(m.num_nextn_predict_layers))
+        mtp = (
+            f"\nMTP (multi-token prediction) lies in {names}: vLLM and SGLang read it for speculative decoding; "
+            "transformers leaves it out and may list it as unexpected.\n"
+        )
     write_text(
         folder / "README.md",
         f"""---
@@ -142,6 +142,17 @@ model = AutoModelForCausalLM.from_pretrained("this folder", dtype="auto")
 ```
 """,
     )
+
+
+def _type_of_tensors(checkpoint: Checkpoint, target: torch.dtype) -> str:
+    """The type, and what became of the weights' own if that is another."""
+    name, own = (str(dtype).removeprefix("torch.") for dtype in (target, checkpoint.dtype()))
+    if name == own:
+        return name
+    if target is torch.bfloat16:
+        return f"{name}, rounded from {own}"
+    masters = "the masters of the" if checkpoint.has_masters() else "cast from"
+    return f"{name}, {masters} {own} weights"
 
 
 def folder_title(checkpoint: Checkpoint) -> str:

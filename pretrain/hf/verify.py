@@ -74,9 +74,12 @@ def verify(
     for one in found:
         mtp = "" if one.mtp is None else "".join(f", MTP {k} {d:.1e}" for k, d in enumerate(one.mtp, 1))
         say(f"logits over {one.tokens} tokens of {one.text}: largest difference {one.main:.1e}{mtp}")
-    worst = max(d for one in found for d in (one.main, *(one.mtp or ())))
-    if not worst <= TOLERANCE:  # NaN too
-        raise VerifyError(f"logits differ from transformers' by {worst:.2e}; at most {TOLERANCE:.0e} is allowed")
+    if any(one.mtp is None for one in found):
+        say("MTP's logits are not compared: transformers gives every MTP layer experts, and this model has none")
+    by_depth = [d for one in found for d in (one.main, *(one.mtp or ()))]
+    worst = max(by_depth)
+    if not all(d <= TOLERANCE for d in by_depth):  # so that NaN fails, which max() may pass over
+        raise VerifyError(f"logits differ from transformers' by up to {worst:.2e}; {TOLERANCE:.0e} is allowed")
     return (
         f"logits equal transformers' within {worst:.1e} (fp32, {' and '.join(rows)}"
         f"{', MTP included' if found[0].mtp else ''}); no tensor missing, unexpected or misshapen"

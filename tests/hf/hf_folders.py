@@ -37,6 +37,7 @@ MODELS = {
         TINY, num_nextn_predict_layers=2, n_routed_experts=16, num_experts_per_tok=4, n_group=4, topk_group=2
     ),
     "dense": replace(TINY, n_routed_experts=0, first_k_dense_replace=3),
+    "dense with mtp": replace(TINY, n_routed_experts=0, first_k_dense_replace=3, num_nextn_predict_layers=1),
     "eps 1e-5": replace(TINY, rms_norm_eps=1e-5, rope_theta=50000.0),
 }  # fmt: skip
 
