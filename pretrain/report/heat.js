@@ -65,7 +65,7 @@ function heatMap(figure, run, map) {
     }
 
     const svg = element(area, "svg", { role: "img", "aria-label": `${map.title}, ${map.remark}` });
-    const every = Math.ceil(13 / (map.height / map.rows.length));
+    const every = 2 ** Math.max(0, Math.ceil(Math.log2((13 * map.rows.length) / map.height)));
     map.rows.forEach((label, r) => {
       if (r % every) return;
       element(svg, "text", { x: box.left - 6, y: box.top + ((r + 0.5) * map.height) / map.rows.length + 4, "text-anchor": "end" }, label);

@@ -213,7 +213,7 @@ function linePlot(figure, plot) {
   let log = plot.log;
   const button = element(caption, "button", { type: "button", "aria-pressed": log, title: "logarithmic axis" }, "log");
   const area = element(figure, "div", { class: "drawing" });
-  const drawing = { area, draw };
+  const drawing = { area, draw, smooth: plot.smooth };
   button.addEventListener("click", () => {
     log = !log;
     button.setAttribute("aria-pressed", log);

@@ -92,7 +92,7 @@ function controls() {
   smooth.addEventListener("input", () => {
     view.smooth = +smooth.value;
     document.getElementById("smooth-value").textContent = view.smooth ? view.smooth.toFixed(2) : "off";
-    drawAll();
+    for (const drawing of view.drawings) if (drawing.smooth) drawing.draw();
   });
   document.getElementById("reset").addEventListener("click", () => setZoom(null));
   if (DATA.runs.length < 2) return;

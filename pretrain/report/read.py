@@ -105,7 +105,7 @@ def _names(paths: list[Path]) -> list[str]:
 
 def _read_metrics(file: Path, notes: list[str]) -> tuple[dict[str, Array], np.ndarray]:
     """Every number of every step. A step that stands twice counts as its later record: the run went back to it."""
-    columns: dict[str, array[float]] = {"step": array("d"), "tokens": array("d"), "skipped": array("d")}
+    columns: dict[str, array[float]] = {key: array("d") for key in ("step", "tokens", "loss", "skipped")}
     steps = columns["step"]
     for entry in _entries(file, notes):
         row = len(steps)
@@ -122,9 +122,7 @@ def _read_metrics(file: Path, notes: list[str]) -> tuple[dict[str, Array], np.nd
     padded = {
         key: np.concatenate([column, np.full(len(steps) - len(column), np.nan)]) for key, column in columns.items()
     }
-    skipped = np.nan_to_num(padded.pop("skipped")) > 0
-    if "loss" in padded:
-        skipped |= np.isnan(padded["loss"])
+    skipped = (np.nan_to_num(padded.pop("skipped")) > 0) | np.isnan(padded["loss"])
     return padded, skipped
 
 
