@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import os
 import signal
 import socket
@@ -134,6 +135,8 @@ def _joined(function: Callable[..., Any], arguments: tuple[Any, ...], timeout_s:
 
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+        # A model is full of cycles and holds its groups; each gloo group left alive keeps threads that poll.
+        gc.collect()
 
 
 def _free_port() -> int:
