@@ -312,6 +312,103 @@ def import_(ctx: click.Context, folder: Path, overrides: tuple[str, ...], out: P
     ctx.exit(import_command(folder, out, overrides))
 
 
+@main.command("eval", short_help="Loss and bits per byte by source; multiple choice by likelihood.")
+@click.argument("source", metavar="RUN_OR_HF", type=FOLDER_THERE)
+@click.option("--tasks", type=FILE_THERE, metavar="FILE.jsonl", help="Questions, one a line.")
+@click.option(
+    "--data", type=FOLDER_THERE, metavar="PACKED_DIR", help="Packed dataset.  [default: the run's valid.path]"
+)
+@click.option("--max-rows", type=click.IntRange(min=0), default=0, metavar="N", help="Of the dataset; 0: all.")
+@click.option("--tokenizer", type=FOLDER_THERE, help="Tokenizer's folder.  [default: the one that the model names]")
+@click.option(
+    "--out", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="[default: a new one in RUN/eval]"
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of tables.")
+@click.pass_context
+def eval_(
+    ctx: click.Context,
+    source: Path,
+    tasks: Path | None,
+    data: Path | None,
+    max_rows: int,
+    tokenizer: Path | None,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    """Evaluate a run's newest checkpoint, a given one, or a Hugging Face folder, in one process.
+
+    Validation loss and bits per UTF-8 byte on a packed dataset, by source of its documents; and the accuracy on
+    questions, each a line of FILE.jsonl:
+
+    \b
+      {"task": "capitals", "context": "The capital of France is", "choices": [" Paris", " Rome"], "answer": 0}
+
+    The answer is the choice of the highest likelihood: raw, and by byte.
+
+    \b
+    Examples:
+      perilune eval runs/first
+      perilune eval runs/first --tasks capitals.jsonl --json
+      perilune eval first-hf --data packed/valid --out first.json
+    """
+    from perilune.pretrain.evaluate.commands import eval_command
+
+    ctx.exit(eval_command(source, tasks, data, tokenizer=tokenizer, max_rows=max_rows, out=out, as_json=as_json))
+
+
+@main.command(short_help="Continue a text.")
+@click.argument("source", metavar="RUN_OR_HF", type=FOLDER_THERE)
+@click.option("--prompt", "prompts", multiple=True, required=True, metavar="TEXT", help="Several are done together.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True, metavar="N")
+@click.option(
+    "--temperature",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    metavar="T",
+    help="0 takes the likeliest token.",
+)
+@click.option(
+    "--top-p",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=1.0,
+    show_default=True,
+    metavar="P",
+    help="Draw from the fewest likeliest tokens whose probability reaches P.",
+)
+@click.option("--seed", type=click.IntRange(0, 2**62), default=0, show_default=True, metavar="S")
+@click.option("--tokenizer", type=FOLDER_THERE, help="Tokenizer's folder.  [default: the one that the model names]")
+@click.option("--json", "as_json", is_flag=True, help="A line of JSON for each prompt.")
+@click.pass_context
+def generate(
+    ctx: click.Context,
+    source: Path,
+    prompts: tuple[str, ...],
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    tokenizer: Path | None,
+    as_json: bool,
+) -> None:
+    """Continue TEXT with a run's newest checkpoint, a given one, or a Hugging Face folder, in one process.
+
+    Stops at the end of a document. Past tokens are kept as latents only (multi-head latent attention).
+
+    \b
+    Examples:
+      perilune generate runs/first --prompt 'def main('
+      perilune generate first-hf --prompt 'import ' --max-new-tokens 200 --temperature 0.8 --top-p 0.95 --seed 1
+    """
+    from perilune.pretrain.evaluate.commands import generate_command
+
+    ctx.exit(
+        generate_command(
+            source, prompts, max_new_tokens, temperature, top_p, seed, tokenizer=tokenizer, as_json=as_json
+        )
+    )
+
+
 @main.command(short_help="All of it once, small.")
 @click.option(
     "--run",

@@ -1,0 +1,241 @@
+"""`perilune eval` and `perilune generate`: words in, tables or JSON out, exit code."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from perilune.pretrain.errors import InputError
+
+if TYPE_CHECKING:
+    from perilune.pretrain.evaluate.load import Loaded
+
+_LINES = 40  # of a table of sources; the file of results has all
+
+
+def eval_command(
+    source: Path,
+    tasks: Path | None,
+    data: Path | None,
+    *,
+    tokenizer: Path | None = None,
+    max_rows: int = 0,
+    out: Path | None = None,
+    as_json: bool = False,
+) -> int:
+    """Evaluate `source` on `data` (None: its run's validation set) and on `tasks`; returns the exit code.
+
+    Writes `out` (None: a new file in RUN/eval where `source` belongs to a run). Raises InputError for what cannot be
+    evaluated, and where there is nothing to evaluate on.
+    """
+    _quiet()
+    from perilune.pretrain.evaluate import choices
+    from perilune.pretrain.evaluate.load import alone, open_model
+
+    questions = choices.read_tasks(tasks) if tasks else []
+    if out is not None and out.exists():
+        raise InputError(f"--out {out} is there already and is never written over")
+    with alone():
+        loaded = open_model(source, tokenizer)
+        data = data or _own_data(loaded)
+        if data is None and not questions:
+            raise InputError(f"{source} names no validation set: name a packed dataset by --data, or a file by --tasks")
+        result: dict[str, Any] = {"model": str(loaded.path), "step": loaded.step, "time": _now().isoformat()}
+        if data is not None:
+            result["validation"] = _validated(loaded, data, max_rows)
+        if questions:
+            with _bar("questions") as progress:
+                scores = choices.choose(loaded, questions, progress)
+            found = choices.accuracies(questions, scores)
+            result["tasks"] = {name: accuracy.to_dict() for name, accuracy in found.items()}
+            result["tasks_file"] = str(tasks)
+        out = out or (_new_file(loaded) if loaded.run_dir else None)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with out.open("x", encoding="utf-8") as stream:
+            stream.write(json.dumps(result, indent=1, allow_nan=False) + "\n")
+    if as_json:
+        print(json.dumps(result, allow_nan=False))
+    else:
+        print(_told(result))
+        if out is not None:
+            print(f"results: {out}")
+    return 0
+
+
+def generate_command(
+    source: Path,
+    prompts: tuple[str, ...],
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    *,
+    tokenizer: Path | None = None,
+    as_json: bool = False,
+) -> int:
+    """Print each prompt with its continuation, or a line of JSON for each; returns the exit code.
+
+    Raises InputError for an empty prompt and for one that, continued, is longer than the model's positions.
+    """
+    if not math.isfinite(temperature):
+        raise InputError(f"--temperature {temperature}: must be a finite number")
+    if temperature == 0 and top_p < 1:
+        raise InputError(
+            f"--top-p {top_p} without --temperature: the likeliest token is taken; set --temperature above 0"
+        )
+    _quiet()
+    from perilune.pretrain.evaluate.generate import generate
+    from perilune.pretrain.evaluate.load import alone, open_model
+
+    with alone():
+        loaded = open_model(source, tokenizer)
+        text = loaded.need_text()
+        rows = encode_prompts(loaded, prompts, max_new_tokens)
+        start = time.monotonic()
+        found = generate(
+            loaded.net, rows, max_new_tokens, eos_ids=text.eos_ids, temperature=temperature, top_p=top_p, seed=seed
+        )
+        seconds = time.monotonic() - start
+    for prompt, row, continuation in zip(prompts, rows, found, strict=True):
+        ids = [token for token in continuation.tokens if token not in text.eos_ids]
+        said = text.tokenizer.decode(ids)
+        if as_json:
+            line = {
+                "prompt": prompt,
+                "text": said,
+                "prompt_tokens": row,
+                "tokens": list(continuation.tokens),
+                "ended": continuation.ended,
+            }
+            print(json.dumps(line))
+        else:
+            print(prompt + said)
+    count = sum(len(one.tokens) for one in found)
+    if sys.stderr.isatty():
+        print(f"{count} tokens in {seconds:.1f} s", file=sys.stderr)
+    return 0
+
+
+def encode_prompts(loaded: Loaded, prompts: Sequence[str], max_new_tokens: int) -> list[list[int]]:
+    """Token ids of each prompt, behind the tokenizer's BOS where it wants one.
+
+    Raises InputError for an empty prompt and for one that, continued, is longer than max_position_embeddings.
+    """
+    text, limit = loaded.need_text(), loaded.model.max_position_embeddings
+    rows = [[*text.prefix, *ids.tolist()] for ids in text.tokenizer.encode_batch(prompts)]
+    for prompt, row in zip(prompts, rows, strict=True):
+        if not row:
+            raise InputError("--prompt '': the first token is predicted from nothing; give some text")
+        if len(row) + max_new_tokens > limit:
+            raise InputError(
+                f"--prompt {prompt[:40]!r} has {len(row)} tokens, with --max-new-tokens {max_new_tokens} more than the "
+                f"model's max_position_embeddings {limit}; ask for fewer"
+            )
+    return rows
+
+
+def _quiet() -> None:
+    """Before Megatron-core is imported: that Transformer Engine and apex are not here is no news."""
+    warnings.filterwarnings("ignore", module=r"megatron\.")
+
+
+def _own_data(loaded: Loaded) -> Path | None:
+    """The validation set of the model's run."""
+    path = loaded.config.valid.path if loaded.config else None
+    return Path(path) if path is not None and loaded.run_dir is not None else None
+
+
+def _validated(loaded: Loaded, data: Path, max_rows: int) -> dict[str, Any]:
+    from perilune.pretrain.evaluate import validation
+
+    with _bar("rows") as progress:
+        found = validation.validate(
+            loaded.net,
+            data,
+            vocab_size=loaded.model.vocab_size,
+            document_mask=loaded.config.data.document_mask if loaded.config else True,
+            tokenizer_fingerprint=loaded.text.tokenizer.fingerprint if loaded.text else None,
+            max_rows=max_rows,
+            progress=progress,
+        )
+    return {
+        "data": str(data),
+        "fingerprint": found.fingerprint,
+        "rows": found.rows,
+        **found.total.to_dict(),
+        "sources": {name: figures.to_dict() for name, figures in found.sources.items()},
+    }
+
+
+@contextmanager
+def _bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A function to be told (done, total), drawn on a terminal and silent elsewhere."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _now() -> datetime:
+    return datetime.now(UTC).replace(microsecond=0)
+
+
+def _new_file(loaded: Loaded) -> Path:
+    """A name in RUN/eval that is not taken."""
+    assert loaded.run_dir is not None
+    stem = f"step_{loaded.step:08d}_{_now():%Y%m%dT%H%M%SZ}"
+    names = (f"{stem}{more}.json" for more in ("", *(f"_{number}" for number in range(2, 1000))))
+    return next(path for name in names if not (path := loaded.run_dir / "eval" / name).exists())
+
+
+def _told(result: dict[str, Any]) -> str:
+    """The results as tables."""
+    step = "" if result["step"] is None else f", step {result['step']:,}"
+    parts = [f"{result['model']}{step}"]
+    if "validation" in result:
+        whole = result["validation"]
+        rows = [["source", "loss", "bits per byte", "tokens", "bytes"]]
+        shown = list(whole["sources"].items())[:_LINES]
+        rows += [_line(name, figures) for name, figures in [*shown, ("all", whole)]]
+        left = len(whole["sources"]) - len(shown)
+        parts.append(f"{whole['data']}: {whole['rows']:,} rows\n{_table(rows)}")
+        if left:
+            parts.append(f"{left} sources with fewer bytes are in the total and, one by one, in --json")
+    if "tasks" in result:
+        rows = [["task", "questions", "accuracy", "by byte"]]
+        for name, task in result["tasks"].items():
+            raw, normalised = (_part(task[kind], task[f"{kind}_stderr"]) for kind in ("raw", "by_byte"))
+            rows.append([name, f"{task['questions']:,}", raw, normalised])
+        parts.append(_table(rows))
+    return "\n\n".join(parts)
+
+
+def _line(name: str, figures: dict[str, Any]) -> list[str]:
+    bits = "-" if figures["bits_per_byte"] is None else f"{figures['bits_per_byte']:.4f}"
+    return [name, f"{figures['loss']:.4f}", bits, f"{figures['tokens']:,}", f"{figures['bytes']:,}"]
+
+
+def _part(value: float, error: float | None) -> str:
+    return f"{value:.4f}" + (f" ± {error:.4f}" if error is not None else "")
+
+
+def _table(rows: list[list[str]]) -> str:
+    """Columns aligned, the first to the left."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        rest = (cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))
+        lines.append("  ".join([row[0].ljust(widths[0]), *rest]))
+    return "\n".join(lines)

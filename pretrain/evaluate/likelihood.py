@@ -1,0 +1,68 @@
+"""How likely the model finds given tokens: the negative log-likelihood of every token after the first of its document.
+
+T tokens of the documents end to end, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+
+from perilune.moe.backbone import Backbone, packed_params
+from perilune.parallel import mesh as meshes
+
+FORWARD_TOKENS = (
+    4096  # of a forward pass, at least one document or row; bounds the logits held, FORWARD_TOKENS x V fp32
+)
+
+
+@torch.no_grad()
+def packed_losses(
+    net: Backbone, inputs_T: torch.Tensor, labels_T: torch.Tensor, positions_T: torch.Tensor, cu_seqlens: torch.Tensor
+) -> torch.Tensor:
+    """Cross entropy [T] (nats, fp32) of each label given the tokens of its segment up to its input."""
+    device = meshes.device()
+    lengths = cu_seqlens.diff()
+    net.scale.tokens_per_row = inputs_T.numel()
+    losses_1T = net(
+        input_ids=inputs_T[None].to(device),
+        position_ids=positions_T[None].to(device),
+        attention_mask=None,
+        labels=labels_T[None].to(device),
+        packed_seq_params=packed_params(cu_seqlens.to(device), int(lengths.max())),
+    )
+    return losses_1T[0].float().cpu()
+
+
+def log_likelihoods(net: Backbone, documents: Iterable[Sequence[int]]) -> Iterator[torch.Tensor]:
+    """Of each document [n] of token ids: log P(token i | the tokens before it) for i = 1 ... n-1, float64 [n-1].
+
+    Documents, of at least two tokens, are packed end to end and do not see each other.
+    """
+    waiting: list[Sequence[int]] = []
+    size = 0
+    for document in documents:
+        if waiting and size + len(document) > FORWARD_TOKENS:
+            yield from _forward(net, waiting)
+            waiting, size = [], 0
+        waiting.append(document)
+        size += len(document)
+    if waiting:
+        yield from _forward(net, waiting)
+
+
+def _forward(net: Backbone, documents: list[Sequence[int]]) -> Iterator[torch.Tensor]:
+    sizes = [len(document) for document in documents]
+    if min(sizes) < 2:
+        raise ValueError("a document of fewer than two tokens has nothing to predict")
+    inputs = torch.tensor([token for document in documents for token in document])
+    losses_T = packed_losses(
+        net,
+        inputs,
+        inputs.roll(-1),  # of no meaning at the end of a document, and not read there
+        torch.cat([torch.arange(n) for n in sizes]),
+        torch.tensor([0, *sizes]).cumsum(0).to(torch.int32),
+    )
+    for losses in losses_T.double().split(sizes):
+        yield -losses[:-1]

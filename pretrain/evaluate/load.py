@@ -1,0 +1,159 @@
+"""A model to ask: a run's newest checkpoint, a given one, or a Hugging Face folder, whole in this one process.
+
+Tensors are read one at a time into the model. MTP layers, which neither likelihood nor generation uses, are left out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from perilune.moe import backbone
+from perilune.parallel import mesh as meshes
+from perilune.pretrain import model as models
+from perilune.pretrain.data.tokenizer import Tokenizer, load_tokenizer
+from perilune.pretrain.errors import InputError
+from perilune.pretrain.hf import card
+from perilune.pretrain.hf.config import config_from_hf
+from perilune.pretrain.hf.folder import read_json
+from perilune.pretrain.hf.importing import _Reader as Reader
+from perilune.pretrain.hf.source import Checkpoint
+from perilune.pretrain.hf.table import tensors
+from perilune.pretrain.hf.weights import WeightFolder
+from perilune.pretrain.schema import Config, Model, Precision
+
+
+@dataclass(frozen=True)
+class Text:
+    """How the model reads and ends text."""
+
+    tokenizer: Tokenizer
+    prefix: tuple[int, ...]  # what stands before every text: a BOS where the tokenizer's configuration asks for one
+    eos_ids: frozenset[int]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in eval mode on this process's device, and what is known of it."""
+
+    net: backbone.Backbone
+    model: Model  # without MTP
+    path: Path  # of the checkpoint or folder
+    step: int | None  # None: a Hugging Face folder
+    run_dir: Path | None  # of a checkpoint in a run
+    config: Config | None  # of a checkpoint
+    text: Text | None
+    no_text: str = ""  # why `text` is None
+
+    def need_text(self) -> Text:
+        """Raises InputError where there is no tokenizer."""
+        if self.text is None:
+            raise InputError(f"{self.path} comes without a tokenizer ({self.no_text}); name its folder by --tokenizer")
+        return self.text
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """This process as a group of one, with Megatron-core's groups, for the time of the body. No network is used."""
+    dist.init_process_group(
+        "nccl" if torch.cuda.is_available() else "gloo", store=dist.HashStore(), rank=0, world_size=1
+    )
+    try:
+        meshes.start(meshes.Mesh(1))
+        yield
+    finally:
+        meshes.stop()
+
+
+def open_model(path: Path, tokenizer: Path | None = None) -> Loaded:
+    """The model at `path`: a run, a checkpoint or a Hugging Face folder, in the type of its weights (fp32 or bf16).
+
+    `tokenizer` takes the place of the one that the run's data or the folder names. To be called within `alone`, or in
+    a process whose groups are those of one. Raises InputError for a path, a config, a tensor or a tokenizer that does
+    not fit.
+    """
+    if (path / "config.json").is_file():
+        return _from_hf(path, tokenizer)
+    checkpoint = Checkpoint(path)
+    model = replace(checkpoint.config.model, num_nextn_predict_layers=0)
+    net = _build(model, checkpoint.dtype())
+    _fill(net, lambda target, key: target.copy_(checkpoint.read(key)))
+    own = card.tokenizer_of(checkpoint) if tokenizer is None else card.TokenizerFiles()
+    where = tokenizer or (own.files[0].parent if own.files else None)
+    return Loaded(
+        net=net,
+        model=model,
+        path=checkpoint.path,
+        step=checkpoint.manifest["step"],
+        run_dir=checkpoint.path.parent.parent if checkpoint.path.parent.name == "checkpoints" else None,
+        config=checkpoint.config,
+        text=_text(where, model) if where else None,
+        no_text=own.missing,
+    )
+
+
+def _from_hf(path: Path, tokenizer: Path | None) -> Loaded:
+    raw = read_json(path / "config.json")
+    found = config_from_hf(raw)
+    model = replace(found, num_nextn_predict_layers=0)
+    table = tensors(model)
+    with WeightFolder(path) as weights:
+        reader = Reader(weights, raw, found, model)
+        net = _build(model, reader.dtype)
+
+        def read(target: torch.Tensor, key: str) -> None:
+            for offset, shape, parts in table[key].pieces():
+                place = tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
+                target[place].copy_(reader.piece(table[key], shape, parts))
+
+        _fill(net, read)
+    where = tokenizer or path
+    here = (where / "tokenizer.json").is_file() or tokenizer is not None
+    text = _text(where, model) if here else None
+    generation = path / "generation_config.json"
+    ends = read_json(generation).get("eos_token_id") if generation.is_file() else raw.get("eos_token_id")
+    if text is not None and ends is not None:
+        text = replace(text, eos_ids=_ids(ends, path))
+    return Loaded(net, model, path, None, None, None, text, "" if here else "it holds no tokenizer.json")
+
+
+def _ids(said: object, path: Path) -> frozenset[int]:
+    ids = said if isinstance(said, list) else [said]
+    if not ids or not all(isinstance(one, int) and not isinstance(one, bool) for one in ids):
+        raise InputError(f"{path}: eos_token_id is {said!r}; a token id or a list of them is expected")
+    return frozenset(ids)
+
+
+def _text(path: Path, model: Model) -> Text:
+    tokenizer = load_tokenizer(path)
+    if tokenizer.vocab_size > model.vocab_size:
+        raise InputError(f"{path}: this tokenizer has {tokenizer.vocab_size} tokens, the model {model.vocab_size}")
+    prefix = list(tokenizer.inner.encode("", add_special_tokens=True).ids)
+    config = json.loads((path / "tokenizer_config.json").read_text(encoding="utf-8"))
+    if not prefix and config.get("add_bos_token") and tokenizer.bos_id is not None:
+        prefix = [tokenizer.bos_id]
+    return Text(tokenizer, tuple(prefix), frozenset({tokenizer.eos_id}))
+
+
+def _build(model: Model, dtype: torch.dtype) -> backbone.Backbone:
+    precision = Precision(compute="bf16" if dtype is torch.bfloat16 else "fp32")
+    config = replace(Config(), model=model, precision=precision)
+    net = backbone.build(models.backbone_config(config, meshes.Mesh(1))).to(meshes.device())
+    net.eval()
+    return net
+
+
+def _fill(net: backbone.Backbone, read: Callable[[torch.Tensor, str], Any]) -> None:
+    """`read(tensor, its name in a checkpoint)` for every weight and router bias of `net`."""
+    state = net.state_dict(keep_vars=True)
+    with torch.no_grad():
+        for name, entry in net.sharded_state_dict().items():
+            if not name.endswith("_extra_state"):
+                read(state[name], entry.key)

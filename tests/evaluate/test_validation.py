@@ -1,0 +1,117 @@
+"""Validation by source, and the two commands on a run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import evaluate_ranks as ranks
+import pytest
+
+from perilune.parallel.workers import Workers
+from perilune.pretrain.data.reader import PackedDataset
+from perilune.pretrain.data.tokenizer import load_tokenizer
+from perilune.pretrain.evaluate.validation import source_of
+from perilune.pretrain.schema import Config, Data, Model, Valid
+
+
+@pytest.fixture(scope="session")
+def run(
+    tmp_path_factory: pytest.TempPathFactory, workers: Workers, packed: Path, models: dict[str, Model]
+) -> tuple[Path, float, float]:
+    """A run with MTP, its validation loss and bits per byte as training computes them."""
+    folder = tmp_path_factory.mktemp("run")
+    config = replace(
+        Config(), model=models["MTP 1"], data=Data(path=str(packed), seq_len=64), valid=Valid(path=str(packed), every=1)
+    )
+    return folder, *workers.run(1, ranks.make_run, folder, config)[0]
+
+
+def test_sources_sum_to_training_s_evaluate(run: tuple[Path, float, float], workers: Workers, packed: Path) -> None:
+    path, loss, bits = run
+    found = workers.run(1, ranks.validated, path, packed, True, 0)[0]
+    assert found.rows == len(PackedDataset(packed)) > 3
+    names = {Path(name).name for name in found.sources}
+    assert names == {"lines.jsonl", "code", "prose"}
+    assert found.total.loss == pytest.approx(loss, rel=1e-6)
+    assert found.total.bits_per_byte == pytest.approx(bits, rel=1e-6)
+    assert len({figures.loss for figures in found.sources.values()}) == 3
+    for document_mask in (True, False):
+        some = workers.run(1, ranks.validated, path, packed, document_mask, 2)[0]
+        assert some.rows == 2 and some.total.tokens < found.total.tokens
+
+
+def test_counts_are_those_of_the_rows(run: tuple[Path, float, float], workers: Workers, packed: Path) -> None:
+    """Tokens and bytes by source, counted piece by piece from docs.json and the tokenizer's own decoding."""
+    dataset, tokenizer = PackedDataset(packed), load_tokenizer(PackedDataset(packed).manifest["tokenizer"]["path"])
+    tokens: dict[str, int] = {}
+    sizes: dict[str, int] = {}
+    for index in range(len(dataset)):
+        row = dataset[index]
+        for piece, start, end in zip(row.docs, row.cu_seqlens[:-1], row.cu_seqlens[1:], strict=True):
+            source = source_of(piece["source"])
+            if piece["repeat"]:
+                continue
+            first = len(tokenizer.inner.id_to_token(int(row.tokens[start]))) if row.tokens[start] > 10 else 0
+            tokens[source] = tokens.get(source, 0) + int(end - start) - 1
+            sizes[source] = sizes.get(source, 0) + piece["bytes"] - first
+    found = workers.run(1, ranks.validated, run[0], packed, True, 0)[0]
+    assert {name: figures.tokens for name, figures in found.sources.items()} == tokens
+    assert {name: figures.bytes for name, figures in found.sources.items()} == sizes
+    assert list(sizes.values()) and list(found.sources) == sorted(found.sources, key=lambda name: -sizes[name])
+
+
+@pytest.mark.parametrize(
+    ("document", "source"),
+    [
+        ("data/part.jsonl.zst:17", "data/part.jsonl.zst"),
+        ("data/part.parquet:1", "data/part.parquet"),
+        ("stdlib/asyncio/events.py", "stdlib/asyncio"),
+        ("notes.md", "notes.md"),
+        ("odd:name/x.txt", "odd:name"),
+    ],
+)
+def test_source_of(document: str, source: str) -> None:
+    assert source_of(document) == source
+
+
+def test_commands(run: tuple[Path, float, float], perilune: Callable[..., Any], tmp_path: Path) -> None:
+    path, loss, bits = run
+    line = {"task": "moons", "context": "9 moons, 81 ", "choices": ["craters", "perilune"], "answer": 0}
+    (tmp_path / "tasks.jsonl").write_text(json.dumps(line) + "\n" + json.dumps(line | {"answer": 1}) + "\n")
+    done = perilune("eval", str(path), "--tasks", "tasks.jsonl", "--json")
+    assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr
+    result = json.loads(done.stdout)
+    assert result["step"] == 7
+    assert result["validation"]["loss"] == pytest.approx(loss, rel=1e-6)
+    assert result["validation"]["bits_per_byte"] == pytest.approx(bits, rel=1e-6)
+    assert result["tasks"] == {
+        "moons": {"questions": 2, "raw": 0.5, "raw_stderr": 0.5, "by_byte": 0.5, "by_byte_stderr": 0.5}
+    }
+    (written,) = (path / "eval").iterdir()
+    assert json.loads(written.read_text()) == result
+
+    words = ["generate", str(path), "--prompt", "The Moon", "--prompt", "def ", "--max-new-tokens", "9"]
+    done = perilune(*words, "--json")
+    assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr
+    first, second = (json.loads(text) for text in done.stdout.splitlines())
+    assert first["prompt"] == "The Moon" and 0 < len(first["tokens"]) <= 9 and second["prompt"] == "def "
+
+
+def test_refusals(run: tuple[Path, float, float], workers: Workers, packed: Path) -> None:
+    said = workers.run(1, ranks.refusals, run[0], packed)[0]
+    expected = [
+        "f:1: context and choice are",
+        "--prompt 'The Moon' has",
+        "--prompt '': the first token is predicted from nothing",
+        "the training data with another",
+        "its tokenizer has 400 tokens, the model 300",
+        "is neither a run",
+    ]
+    assert len(said) == len(expected)
+    for message, part in zip(said, expected, strict=True):
+        assert part in message
+    assert "max_position_embeddings is 128" in said[0] and "max_position_embeddings 128" in said[1]
