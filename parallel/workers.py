@@ -135,8 +135,27 @@ def _joined(function: Callable[..., Any], arguments: tuple[Any, ...], timeout_s:
 
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
-        # A model is full of cycles and holds its groups; each gloo group left alive keeps threads that poll.
-        gc.collect()
+        _let_go()
+
+
+def _let_go() -> None:
+    """Free the models of the function that ran, and with them their groups: each keeps threads that poll.
+
+    Two things of Megatron-core would keep them: a cache of RoPE tables that holds their modules, and a dispatcher's
+    last probabilities, whose autograd graph leads over DDP's hooks back to it, out of the garbage collector's sight.
+    """
+    import torch
+    from megatron.core.models.common.embeddings import RotaryEmbedding, YarnRotaryEmbedding
+    from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
+
+    RotaryEmbedding.forward.cache_clear()  # type: ignore[attr-defined]
+    YarnRotaryEmbedding.forward.cache_clear()  # type: ignore[attr-defined]
+    for thing in gc.get_objects():
+        if isinstance(thing, MoETokenDispatcher):
+            for name, value in vars(thing).items():
+                if isinstance(value, torch.Tensor):
+                    setattr(thing, name, None)
+    gc.collect()
 
 
 def _free_port() -> int:

@@ -40,6 +40,12 @@ def main(run_dir: Path) -> int:
     if code := _start(train).wait():
         return code
     _compare_with_xz(run, source)
+    exported = home / "hf"
+    if not exported.exists() and (code := _start(["export", str(run), "--out", str(exported), "--verify"]).wait()):
+        return code
+    _continue_with_transformers(exported)
+    if code := _start(["report", str(run)]).wait():
+        return code
     print(f"the whole demo took {(time.monotonic() - began) / 60:.1f} minutes")
     print(f"see the curves: {Path(sys.prefix) / 'bin' / 'tensorboard'} --logdir {run / 'tensorboard'}")
     return 0
@@ -69,6 +75,21 @@ def _last(run: Path) -> dict[str, Any]:
         return {}
     lines = file.read_text(encoding="utf-8").split("\n")[:-1]
     return json.loads(lines[-1]) if lines else {}
+
+
+def _continue_with_transformers(folder: Path) -> None:
+    """A few lines that the exported model writes under transformers, which knows nothing of Perilune."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    prompt = "def test_"
+    inputs = tokenizer(prompt, return_tensors="pt")
+    written = model.generate(inputs["input_ids"], max_new_tokens=48, do_sample=False, repetition_penalty=1.3)
+    print(f"\ntransformers {transformers.__version__} goes on from {prompt!r} with the exported model:")
+    print("\n".join("  | " + line for line in tokenizer.decode(written[0]).splitlines()))
 
 
 def _compare_with_xz(run: Path, source: str) -> None:

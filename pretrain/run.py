@@ -19,6 +19,7 @@ from perilune.pretrain.meter import Meter
 from perilune.pretrain.metrics import RunLog
 from perilune.pretrain.objective import next_token
 from perilune.pretrain.profiling import Trace, explain_out_of_memory
+from perilune.pretrain.report import environment
 from perilune.pretrain.schema import Config
 from perilune.pretrain.step import evaluate, train_step
 from perilune.pretrain.timetable import Timetable
@@ -47,6 +48,8 @@ def run(config: Config, run_dir: Path, world: int, *, init_from: Path | None = N
         log = RunLog(run_dir, step=step, total_steps=plan.total_steps, log_every=config.train.log_every,
                      writes=dist.get_rank() == 0)  # fmt: skip
         stack.callback(log.close)
+        if dist.get_rank() == 0:
+            environment.record(run_dir, world, step)
         log.say(f"{mesh.describe()} dp={mesh.dp}; {precision.name()}; attention by {attention.name()}; {meter.name}")
         log.say(f"step {step} of {plan.total_steps}, {state.tokens:,} of {plan.total_tokens:,} tokens are done")
         trace = Trace(run_dir) if profile else None

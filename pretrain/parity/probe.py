@@ -68,7 +68,7 @@ def named(config: Config, pieces: list[list[Piece]], part: bool = False) -> dict
     return {b.theirs: full[b.ours][b.index] for b in wanted}
 
 
-def _pieces(model: models.Model, values: Callable[[torch.Tensor], torch.Tensor | None]) -> list[Piece]:
+def pieces(model: models.Model, values: Callable[[torch.Tensor], torch.Tensor | None]) -> list[Piece]:
     """`values(tensor)` of every weight and router bias of this rank (leaving out None), with its place."""
     found = []
     for tensor, part, cut in _parts(model):
@@ -89,7 +89,7 @@ def _start(config: Config) -> tuple[models.Model, int]:
 def initial(config: Config) -> list[Piece]:
     """This rank's weights as a new run would draw them."""
     model, _ = _start(config)
-    return _pieces(model, lambda tensor: tensor)
+    return pieces(model, lambda tensor: tensor)
 
 
 def gradients(config: Config, weights: dict[str, torch.Tensor], batch: Any, mtp_weight: float) -> dict[str, Any]:
@@ -107,6 +107,6 @@ def gradients(config: Config, weights: dict[str, torch.Tensor], batch: Any, mtp_
         "sums": sums,
         "load": load_LE,
         "balance": balance,
-        "gradients": _pieces(model, lambda t: getattr(t, "main_grad", None)),
-        "biases": _pieces(model, lambda t: None if isinstance(t, torch.nn.Parameter) else t),
+        "gradients": pieces(model, lambda t: getattr(t, "main_grad", None)),
+        "biases": pieces(model, lambda t: None if isinstance(t, torch.nn.Parameter) else t),
     }
