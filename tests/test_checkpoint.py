@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import checkpoint_ranks as ranks
 import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader
@@ -22,9 +23,6 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from perilune.parallel.workers import Workers
 from perilune.pretrain import checkpoint_files as files
 from perilune.pretrain.checkpoint_files import CheckpointError
-
-sys.path.insert(0, str(Path(__file__).parent))  # the processes of `workers` inherit it
-import checkpoint_ranks as ranks
 
 RENAMED = {  # a module's name -> its name in checkpoints, which is Megatron-core's
     "experts.w1": "experts.experts.linear_fc1.weight",
@@ -300,7 +298,7 @@ def test_killed_at_any_point_a_whole_checkpoint_is_left(tmp_path: Path) -> None:
     for point in range(100):
         folder = tmp_path / str(point)
         fake(folder, 1), fake(folder, 2)
-        command = [sys.executable, "-c", KILLED_AT, str(Path(__file__).parent), str(folder), str(point)]
+        command = [sys.executable, "-c", KILLED_AT, str(Path(__file__).parent / "shared"), str(folder), str(point)]
         ends.append(subprocess.run(command, timeout=60, check=False).returncode)
         found = files.latest(folder)
         assert found is not None

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import re
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
+import reference
 import torch
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 from transformers.modeling_layers import MtpModel
 
 from perilune.pretrain import presets
 from perilune.pretrain.schema import Model
-
-sys.path.insert(0, str(Path(__file__).parent))
-import reference
 
 TINY = presets.get("tiny").model
 VARIANTS = {

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
+import reference
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
@@ -25,9 +24,6 @@ from perilune.pretrain.plan.counts import (
 )
 from perilune.pretrain.plan.stages import stages_of
 from perilune.pretrain.schema import Model, Parallel
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import reference
 
 TINY = presets.get("tiny").model
 MODELS = {name: presets.get(name).model for name in presets.names()}

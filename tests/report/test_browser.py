@@ -46,12 +46,13 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     options.binary_location = str(CHROMIUM)
     profile = tmp_path_factory.mktemp("profile")
     for word in ("headless=new", "disable-gpu", "disable-background-networking", "no-first-run", "hide-scrollbars",
-                 f"user-data-dir={profile}", "window-size=1400,1800"):  # fmt: skip
+                 f"user-data-dir={profile}", "window-size=1200,900"):  # fmt: skip
         options.add_argument(f"--{word}")
     if os.geteuid() == 0:
         options.add_argument("--no-sandbox")  # chromium refuses to start as root with it
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(str(DRIVER)))
+    driver.set_script_timeout(120)
     yield driver
     driver.quit()
 
@@ -71,6 +72,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def _open(browser: Any, file: Path) -> None:
     browser.get_log("browser"), browser.get_log("performance")
     browser.get(file.as_uri())
+
+
+def _settle(browser: Any) -> None:
+    """Until the page has heard of another width or other colours: a browser tells it with the next frame."""
+    browser.execute_async_script("requestAnimationFrame(() => requestAnimationFrame(arguments[0]))")
 
 
 def _assert_quiet(browser: Any, file: Path) -> None:
@@ -170,12 +176,13 @@ def test_dark_narrow_and_printed(browser: Any, runs: list[Path]) -> None:
     light, map_light = browser.execute_script(look), browser.execute_script(colours)
     dark = {"features": [{"name": "prefers-color-scheme", "value": "dark"}]}
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", dark)
+    _settle(browser)
     try:
         assert browser.execute_script(look) != light
         assert browser.execute_script(colours) != map_light, "heat maps are drawn in the new colours"
-        for width in (480, 1400):
+        for width in (480, 1200):
             browser.set_window_size(width, 1200)
-            browser.execute_async_script("requestAnimationFrame(() => requestAnimationFrame(arguments[0]))")
+            _settle(browser)
             _assert_drawn(browser, LINE_PLOTS, curves=13, heat_maps=1 + LAYERS)
             wide = browser.execute_script("return document.documentElement.scrollWidth - window.innerWidth")
             assert wide <= 0, "the page does not scroll sideways"
