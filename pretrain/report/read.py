@@ -111,13 +111,15 @@ def _read_metrics(file: Path, notes: list[str]) -> tuple[dict[str, Array], np.nd
         row = len(steps)
         while row and steps[row - 1] >= entry["step"]:
             row -= 1
-        for column in columns.values():
-            del column[row:]
+        if row < len(steps):
+            for column in columns.values():
+                del column[row:]
         for key, value in entry.items():
             if key not in columns and not isinstance(value, int | float):
                 continue
             column = columns.setdefault(key, array("d"))
-            column.extend([math.nan] * (row - len(column)))
+            if len(column) < row:
+                column.extend([math.nan] * (row - len(column)))
             column.append(_number(value))
     padded = {
         key: np.concatenate([column, np.full(len(steps) - len(column), np.nan)]) for key, column in columns.items()
