@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -164,12 +164,13 @@ def _utc(seconds: float) -> str:
 # ---------------------------------------------------------------- data
 
 
-def data(run: Run) -> list[Table]:
-    """Each packed dataset of the run: its sources, sizes and documents' lengths, as its manifest has them.
+def data(runs: list[Run]) -> list[Table]:
+    """Each packed dataset of runs that read the same ones: sources, sizes, documents' lengths, by its manifest.
 
     A dataset that is not where the configuration says, or is damaged, gives a table that says so.
     """
-    blend = run.config.data.blend or ({run.config.data.path: 1.0} if run.config.data.path else {})
+    config = runs[0].config.data
+    blend = config.blend or ({config.path: 1.0} if config.path else {})
     total = math.fsum(blend.values())
     tables = []
     if len(blend) > 1:
@@ -181,11 +182,10 @@ def data(run: Run) -> list[Table]:
             tables += [_sources(folder, manifest), _lengths(manifest)]
         except (InputError, OSError, KeyError, TypeError, ValueError) as error:
             tables.append(Table([], [], title=folder, note=f"not shown: {error}"))
-    tokens = _last(run, "tokens")[0]
-    if len(blend) == 1 and tokens is not None and len(tables) > 1:
-        held = manifest["tokens"]
-        passes = f"The run has read {tokens:,.0f} of the dataset's {held:,} tokens: {tokens / held:.3g} epochs."
-        tables[0] = Table(tables[0].head, tables[0].rows, tables[0].title, f"{tables[0].note} {passes}", 1)
+    if len(blend) == 1 and len(tables) > 1:
+        read = [(run.name, _last(run, "tokens")[0] or 0, manifest["tokens"]) for run in runs]
+        epochs = ", ".join(f"{name} {tokens:,.0f} tokens ({tokens / held:.3g} epochs)" for name, tokens, held in read)
+        tables[0] = replace(tables[0], note=f"{tables[0].note} Read so far: {epochs}.")
     return tables
 
 
@@ -318,6 +318,7 @@ def _environment(start: dict[str, Any]) -> dict[str, str]:
         "CUDA": start.get("cuda"),
         "cuDNN": start.get("cudnn"),
         "NCCL": start.get("nccl"),
+        "Python": start.get("python"),
         **start.get("versions", {}),
         **{f"${key}": value for key, value in start.get("variables", {}).items()},
     }
@@ -328,6 +329,9 @@ def _side_by_side(runs: list[Run], columns: list[dict[str, str]], what: str) -> 
     """A row a name, a column a run; rows that differ are marked."""
     names = list(dict.fromkeys(name for column in columns for name in column))
     rows: list[list[str | Bar]] = [[name, *(column.get(name, MISSING) for column in columns)] for name in names]
-    differ = [i for i, row in enumerate(rows) if len(set(map(str, row[1:]))) > 1]
+    known = [column for column in columns if column]  # a run without a record differs in nothing
+    differ = [
+        i for i, name in enumerate(names) if len({column.get(name) for column in known}) > 1 and name != "started"
+    ]
     heads = [run.name for run in runs] if len(runs) > 1 else [""]
     return Table([what, *heads], rows, marked=differ, numbers=1 if what else None)

@@ -28,6 +28,7 @@ def environment(world: int, step: int = 0) -> dict[str, Any]:
     import psutil
     import torch
 
+    names = dict.fromkeys(r.name for extra in (None, "gpu") for r in doctor.requirements(extra))
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -35,7 +36,8 @@ def environment(world: int, step: int = 0) -> dict[str, Any]:
         "world_size": world,
         "command": ["perilune", *sys.argv[1:]],
         "source": _commit(),
-        "versions": {name: found for name, found in doctor.find_versions().items() if found is not None},
+        "versions": {name: found for name in ["perilune", *names] if (found := doctor.installed(name)) is not None},
+        "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpu": doctor.cpu_name(),
         "cores": doctor.usable_cores(),

@@ -107,10 +107,9 @@ def render(runs: list[Run]) -> str:
     script = "\n".join((HERE / name).read_text(encoding="utf-8") for name in SCRIPTS)
     sections = _sections(runs)
     one = runs[0]
-    data: dict[str, list[Any]] = {}
+    same_data: dict[str, list[Run]] = {}
     for of in runs:
-        key = json.dumps([of.config.data.path, of.config.data.blend])
-        data.setdefault(key, [of.config.data.path, describe.data(of), []])[2].append(of.name)
+        same_data.setdefault(json.dumps([of.config.data.path, of.config.data.blend]), []).append(of)
     return templates.get_template("page.html").render(
         title=one.name if len(runs) == 1 else f"{one.name} and {describe.count(len(runs) - 1, 'other run')}",
         runs=runs,
@@ -118,7 +117,7 @@ def render(runs: list[Run]) -> str:
         states=[describe.state(of) for of in runs],
         sections=sections,
         absent=_absent(runs),
-        data=list(data.values()),
+        data=[(describe.data(group), [of.name for of in group]) for group in same_data.values()],
         counts=describe.counts(runs),
         differences=describe.differences(runs),
         yamls=[configs.to_yaml(of.config) for of in runs],

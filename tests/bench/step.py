@@ -4,9 +4,9 @@
 
 Both train `proxy_100m`'s shape from the same weights on the same batch with the same threads: forward, backward,
 clipping and AdamW; no MTP, no auxiliary loss, one document a row. Rounds alternate between the two, so that a machine
-whose speed drifts is fair to both; the ratio is the median of the rounds'. transformers runs each of its expert implementations
-with SDPA, and the best counts; in bf16 it runs both with autocast over fp32 weights and all in bf16, while Perilune
-always keeps fp32 masters. `matmul fraction` is model FLOPs a second over the rate of a large matmul in that type.
+whose speed drifts is fair to both; the ratio is the median of the rounds'. transformers runs each of its expert
+implementations with SDPA, and the best counts; in bf16 it runs both with autocast over fp32 weights and all in bf16,
+while Perilune always keeps fp32 masters. `matmul fraction` is model FLOPs a second over the rate of a large matmul.
 """
 
 from __future__ import annotations

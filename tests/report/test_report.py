@@ -332,16 +332,16 @@ def test_the_data_are_the_packed_ones(tmp_path: Path) -> None:
     packed = pack([str(corpus)], tmp_path / "packed", tokenizer, 64)["all"]
     size = sum(file.stat().st_size for file in corpus.rglob("*.*"))
     run = write_run(tmp_path / "run", 3, f"data.path={tmp_path / 'packed'}")
-    sources, lengths = describe.data(read.read_run(run, "run", 10))
+    sources, lengths = describe.data(read.read_runs([run], 10))
     assert [row[0] for row in sources.rows] == ["news/a.txt", "code/c.py", "news/b.txt"]
     assert (
         f"3 documents, {size:,} bytes of text, {packed['tokens']:,} tokens in {packed['rows']:,} rows of 64"
         in sources.note
     )
-    assert f"has read 12,288 of the dataset's {packed['tokens']:,} tokens" in sources.note
+    assert f"Read so far: run 12,288 tokens ({12288 / packed['tokens']:.3g} epochs)." in sources.note
     assert sum(int(row[1].text) for row in lengths.rows if isinstance(row[1], describe.Bar)) == 3
     (tmp_path / "packed" / "manifest.json").write_text("{}")
-    (broken,) = describe.data(read.read_run(run, "run", 10))
+    (broken,) = describe.data(read.read_runs([run], 10))
     assert not broken.rows and broken.note.startswith("not shown: ")
 
 
