@@ -10,11 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 from report_runs import EXPERTS, LAYERS, entry, write_run
 
 from perilune.pretrain import config as configs
+from perilune.pretrain.cli import main
 from perilune.pretrain.data.pack import pack
 from perilune.pretrain.data.tokenizer import train_tokenizer
 from perilune.pretrain.errors import InputError
@@ -157,6 +159,18 @@ def test_a_folder_that_is_no_run_ends_with_one_line_and_exit_code_2(
     done = perilune("report", "empty")
     assert (done.returncode, done.stdout) == (2, "")  # type: ignore[attr-defined]
     assert re.fullmatch(r"perilune: error: .*/empty: not a run directory, .*\n", done.stderr)  # type: ignore[attr-defined]
+
+
+def test_compare_takes_the_folders_that_follow_it(tmp_path: Path) -> None:
+    a, b, c, d = (write_run(tmp_path / name, 2) for name in "abcd")
+    out = tmp_path / "out.html"
+    for words in ([a, "--compare", b, c, "--out", out, "--compare", d], ["--out", out, a, "--compare", b, c, d]):
+        done = CliRunner().invoke(main, ["report", *map(str, words)])
+        assert (done.exit_code, done.output) == (0, f"report: {out}\n")
+        assert [run["name"] for run in json.loads(_Page(out.read_text()).raw["json"])["runs"]] == ["a", "b", "c", "d"]
+        out.unlink()
+    done = CliRunner().invoke(main, ["report", str(a)])
+    assert done.output == f"report: {a / 'report.html'}\n" and (a / "report.html").is_file()
 
 
 def test_what_cannot_be_compared_or_written_is_refused(tmp_path: Path) -> None:
