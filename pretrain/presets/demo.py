@@ -45,7 +45,7 @@ def demo() -> Config:
     return Config(
         preset="demo",
         model=model,
-        train=Train(steps=_STEPS, global_batch_size=_ROWS, micro_batch_size=2, save_every=_STEPS // 2),
+        train=Train(steps=_STEPS, global_batch_size=_ROWS, micro_batch_size=2, save_every=_STEPS // 2, log_every=10),
         valid=Valid(every=_STEPS, steps=0),
         data=Data(seq_len=_SEQ_LEN),
         optim=replace(proxy.optim, lr=4e-3),
