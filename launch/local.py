@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -67,7 +67,7 @@ def run(command: Sequence[str], nproc: int, log_dir: Path, threads: int = 0) -> 
                     preexec_fn=_die_with_parent,
                 )
             )
-        return _watch(children, log_dir)
+        return _watch(children, log_dir, lambda: asked > 0)
     finally:
         for child in children:
             if child.poll() is None:
@@ -79,12 +79,14 @@ def run(command: Sequence[str], nproc: int, log_dir: Path, threads: int = 0) -> 
             signal.signal(n, handler)
 
 
-def _watch(children: list[subprocess.Popen[bytes]], log_dir: Path) -> int:
+def _watch(children: list[subprocess.Popen[bytes]], log_dir: Path, asked: Callable[[], bool]) -> int:
     first: tuple[int, int] | None = None  # (rank, exit code) of the first to fail
     deadline = float("inf")
     while any(child.poll() is None for child in children):
         for rank, child in enumerate(children):
-            if first is None and child.poll() not in (None, 0, _PREEMPTED):
+            # A process that is asked to stop before it listens for that dies of the signal, which is no failure.
+            well = (None, 0, _PREEMPTED, -signal.SIGTERM, -signal.SIGINT) if asked() else (None, 0, _PREEMPTED)
+            if first is None and child.poll() not in well:
                 first, deadline = (rank, child.returncode), time.monotonic() + _GRACE_S
         if time.monotonic() > deadline:
             for child in children:
@@ -92,10 +94,9 @@ def _watch(children: list[subprocess.Popen[bytes]], log_dir: Path) -> int:
                     child.kill()
         time.sleep(0.05)
     codes = [child.returncode for child in children]
-    failed = first or next(((r, c) for r, c in enumerate(codes) if c not in (0, _PREEMPTED)), None)
-    if failed is None:
-        return _PREEMPTED if _PREEMPTED in codes else 0
-    rank, code = failed
+    if first is None:
+        return 0 if not any(codes) else _PREEMPTED
+    rank, code = first
     _tell(rank, code, log_dir / f"rank_{rank}.log")
     return code if code > 0 else 1
 

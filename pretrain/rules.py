@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from functools import partial
 
 from perilune.parallel.mesh import LayoutError, Mesh
@@ -27,7 +28,8 @@ def check_machine(config: Config, gpus: int) -> None:
         raise InputError(f"precision.fp8={fp8} needs a GPU, and there is none here; use precision.fp8=off")
     if fp8 != "off" and importlib.util.find_spec("transformer_engine_torch") is None:
         raise InputError(
-            f"precision.fp8={fp8} needs Transformer Engine: pip install 'perilune[gpu]', or use precision.fp8=off"
+            f"precision.fp8={fp8} needs Transformer Engine: pip install --no-build-isolation -e '.[gpu]', or use "
+            "precision.fp8=off"
         )
     if p.etp > 1 and p.ep > 1 and not gpus:
         raise InputError(
@@ -91,6 +93,32 @@ def _batch(config: Config) -> list[str]:
         "data.seq_len": (config.data.seq_len, 2),
     }
     problems = [f"{key}={value} must be at least {least}" for key, (value, least) in counts.items() if value < least]
+    o, s = config.optim, config.schedule
+    ranges = {
+        "optim.lr": (o.lr, 0, 1e3),
+        "optim.beta1": (o.beta1, 0, 1),
+        "optim.beta2": (o.beta2, 0, 1),
+        "optim.eps": (o.eps, 0, 1),
+        "optim.weight_decay": (o.weight_decay, 0, 1e3),
+        "optim.clip": (o.clip, 0, math.inf),
+        "model.init_std": (config.model.init_std, 0, 1e3),
+        "model.seq_aux_loss_alpha": (config.model.seq_aux_loss_alpha, 0, math.inf),
+        "schedule.warmup_tokens": (s.warmup_tokens, 0, math.inf),
+        "schedule.min_lr_ratio": (s.min_lr_ratio, 0, 1),
+        "schedule.decay_ratio": (s.decay_ratio, 0, 1),
+        "schedule.bias_update_speed": (s.bias_update_speed, 0, math.inf),
+        "schedule.mtp_weight": (s.mtp_weight, 0, math.inf),
+        "schedule.mtp_weight_late": (s.mtp_weight_late, 0, math.inf),
+    }
+    problems += [
+        f"{key}={value} must lie between {low} and {high}"
+        for key, (value, low, high) in ranges.items()
+        if not low <= value <= high
+    ]
+    if len(s.milestones) != len(s.factors):
+        problems.append(
+            f"schedule.milestones={list(s.milestones)} and schedule.factors={list(s.factors)} must be as long as each other"
+        )
     longest = config.model.max_position_embeddings
     if config.data.seq_len > longest:
         problems.append(f"data.seq_len={config.data.seq_len} is beyond model.max_position_embeddings={longest}")
@@ -104,6 +132,11 @@ def _model(config: Config) -> list[str]:
     for name in (positive + "intermediate_size vocab_size").split():
         if getattr(m, name) < 1:
             problems.append(f"model.{name}={getattr(m, name)} must be at least 1")
+    if m.num_nextn_predict_layers < 0 or (m.q_lora_rank is not None and m.q_lora_rank < 1):
+        problems.append(
+            f"model.num_nextn_predict_layers={m.num_nextn_predict_layers} must be at least 0, and "
+            f"model.q_lora_rank={m.q_lora_rank} at least 1 or null"
+        )
     if m.qk_rope_head_dim % 2:
         problems.append(f"model.qk_rope_head_dim={m.qk_rope_head_dim} must be even: RoPE turns pairs")
     if not 0 <= m.first_k_dense_replace <= m.num_layers:
@@ -123,6 +156,9 @@ def _model(config: Config) -> list[str]:
             f"all {m.num_layers} layers are dense (model.first_k_dense_replace) but model.n_routed_experts="
             f"{m.n_routed_experts}: set it to 0"
         )
+    for name, least in (("moe_intermediate_size", 1), ("n_shared_experts", 0), ("n_routed_experts", 1)):
+        if getattr(m, name) < least:
+            problems.append(f"model.{name}={getattr(m, name)} must be at least {least}")
     K, M, G, E = m.num_experts_per_tok, m.topk_group, m.n_group, m.n_routed_experts
     if E % G:
         problems.append(f"model.n_routed_experts={E} does not divide into model.n_group={G} equal groups")

@@ -13,8 +13,9 @@ from perilune.kernels import attention
 from perilune.parallel import mesh as meshes
 from perilune.parallel import precision
 from perilune.pretrain import checkpoint, model, optimizer, rules
+from perilune.pretrain.data.batch import PackedBatch
 from perilune.pretrain.data.stream import DataState, Stream, open_stream, valid_batches
-from perilune.pretrain.errors import Preempted
+from perilune.pretrain.errors import InputError, Preempted
 from perilune.pretrain.meter import Meter
 from perilune.pretrain.metrics import RunLog
 from perilune.pretrain.objective import next_token
@@ -71,18 +72,19 @@ def run(config: Config, run_dir: Path, world: int, *, init_from: Path | None = N
             log.step(step, state.tokens, result, figures)
             bad_in_a_row = bad_in_a_row + 1 if result.skipped else 0
             if result.skipped:
-                log.say(f"  not finite, nothing changed; rows: {', '.join(i for b in batches for i in b.sample_ids)}")
+                log.say(f"  not finite, nothing changed; the global batch's rows: {_all_rows(batches)}")
             if bad_in_a_row >= config.train.nonfinite_limit:
+                newest = checkpoint.latest(run_dir / "checkpoints")
                 raise FloatingPointError(
-                    f"{bad_in_a_row} steps in a row up to step {step} were not finite (train.nonfinite_limit); the "
-                    f"last checkpoint is intact in {run_dir / 'checkpoints'}"
+                    f"{bad_in_a_row} steps in a row up to step {step} were not finite (train.nonfinite_limit); "
+                    + (f"the last checkpoint is intact: {newest}" if newest else "there is no checkpoint yet")
                 )
             if trace is not None and trace.step(log.say):
                 trace = None
 
             every = config.train.save_every
             if step == plan.total_steps or result.stop or (every and step % every == 0):
-                at = {"step": step, "data": state.to_dict()}
+                at = {"step": step, "data": state.to_dict()}  # after its line in the metrics, so that none can lack
                 checkpoint.save(run_dir / "checkpoints", step, net, optim, at, keep=config.train.keep)
             if result.stop and step < plan.total_steps:
                 raise Preempted(f"stopped on request after step {step} of {plan.total_steps}, checkpoint written")
@@ -98,10 +100,22 @@ def _position(
         if init_from is not None:
             checkpoint.init_from(init_from, net, optim)
         return 0, stream.initial_state()
+    if init_from is not None:
+        raise InputError(
+            f"{newest} is there to continue from: --init-from starts a new run, in another --run directory"
+        )
     saved = checkpoint.load(newest, net, optim)
     state = DataState.from_dict(saved["data"])
     stream.check_state(state)
     return saved["step"], state
+
+
+def _all_rows(batches: list[PackedBatch]) -> str:
+    """The sample ids of the whole global batch; every data-parallel rank calls this."""
+    group = parallel_state.get_data_parallel_group()
+    parts: list[list[str]] = [[] for _ in range(group.size())]
+    dist.all_gather_object(parts, [name for batch in batches for name in batch.sample_ids], group=group)
+    return ", ".join(name for part in parts for name in part)
 
 
 def _validate(config: Config, net: model.Model, stream: Stream, dp: int) -> tuple[float, float]:

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 from perilune.launch import local
+from perilune.pretrain import checkpoint_files, rules
 from perilune.pretrain import config as configs
-from perilune.pretrain import rules
 from perilune.pretrain.errors import InputError
 from perilune.pretrain.schema import Config
 
@@ -30,11 +30,12 @@ def train_command(
     Under RANK and WORLD_SIZE this process is one of a run that somebody else started, and starts none.
     Raises InputError for what cannot run.
     """
-    config = _with_valid(configs.resolve(preset, overrides, config_file))
+    config = _with_valid(_absolute(configs.resolve(preset, overrides, config_file)))
     run_dir = (run_dir or Path("runs") / preset).resolve()
     gpus = _gpus()
-    inside = "RANK" in os.environ and "WORLD_SIZE" in os.environ
-    world = int(os.environ["WORLD_SIZE"]) if inside else nproc or _processes(config, gpus)
+    started_by_other = _world_of_environment()
+    inside = started_by_other is not None
+    world = started_by_other or nproc or _processes(config, gpus)
     if dry_run:
         print(describe(config, world, run_dir))
     rules.check(config, world)
@@ -43,6 +44,7 @@ def train_command(
     rules.check_machine(config, gpus)
     if init_from is not None and not init_from.is_dir():
         raise InputError(f"--init-from {init_from}: no such checkpoint folder")
+    _check_data(config)
     if int(os.environ.get("RANK", "0")) == 0 or not inside:
         _prepare(config, run_dir)
     if inside:
@@ -58,7 +60,7 @@ def train_command(
     if code == 0:
         print(f"done: {run_dir}\nnext: tensorboard --logdir {run_dir / 'tensorboard'}")
     elif code == 75:
-        print(f"preempted, checkpoint written; the same command continues: {run_dir}")
+        print(f"preempted; the same command continues from the last checkpoint: {run_dir}")
     return code
 
 
@@ -97,6 +99,45 @@ def _with_valid(config: Config) -> Config:
     return config
 
 
+def _absolute(config: Config) -> Config:
+    """Paths that mean the same from whichever folder the run is resumed."""
+    data, valid = config.data, config.valid
+    data = dataclasses.replace(
+        data,
+        path=data.path and str(Path(data.path).resolve()),
+        blend={str(Path(path).resolve()): weight for path, weight in data.blend.items()},
+    )
+    valid = dataclasses.replace(valid, path=valid.path and str(Path(valid.path).resolve()))
+    return dataclasses.replace(config, data=data, valid=valid)
+
+
+def _check_data(config: Config) -> None:
+    """Open every dataset of the run once, so that one that cannot be used is refused before anything starts."""
+    from perilune.pretrain.data.stream import open_dataset, open_stream
+
+    depth, vocabulary = config.model.num_nextn_predict_layers, config.model.vocab_size
+    without_threads = dataclasses.replace(config.data, workers=0)
+    open_stream(without_threads, config.train.seed, depth=depth, vocab_size=vocabulary).close()
+    if config.valid.every:
+        open_dataset(str(config.valid.path), config.data.seq_len, vocabulary).close()
+
+
+def _world_of_environment() -> int | None:
+    """WORLD_SIZE where another launcher started this process; None where this command is to start the processes."""
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    if not {"RANK", "WORLD_SIZE"} & os.environ.keys():
+        return None
+    missing = [name for name in names if name not in os.environ]
+    numbers = [name for name in names if name != "MASTER_ADDR" and name in os.environ]
+    wrong = [f"{name}={os.environ[name]!r}" for name in numbers if not os.environ[name].isdigit()]
+    if missing or wrong:
+        raise InputError(
+            f"a process of a run that was started elsewhere needs {', '.join(names)}; missing: {missing}, no number: "
+            f"{wrong}. Unset RANK and WORLD_SIZE to start the processes here"
+        )
+    return int(os.environ["WORLD_SIZE"])
+
+
 def _gpus() -> int:
     """GPUs that this process could use, without the seconds that importing torch takes where there are none."""
     if not any(Path("/dev").glob("nvidia[0-9]*")):
@@ -115,7 +156,10 @@ def _processes(config: Config, gpus: int) -> int:
 def _prepare(config: Config, run_dir: Path) -> None:
     """A new run's folder with its config, or a check that this is a run to continue."""
     file = run_dir / "config.yaml"
-    if file.exists():
+    if file.exists() and checkpoint_files.committed(run_dir / "checkpoints"):  # else nothing of it would be continued
         configs.check_resume(configs.load(file), config)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    configs.save(config, file)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        configs.save(config, file)
+    except OSError as error:
+        raise InputError(f"the run directory {run_dir} cannot be written: {error}; name another with --run") from error

@@ -108,7 +108,7 @@ def test_killed_stopped_and_resumed_equals_uninterrupted_bitwise(packed: Path, t
 
     stopped = start(packed, parts)
     once_at(parts, 13, stopped.terminate)
-    assert "the same command continues" in finish(stopped, 75)
+    assert "the same command continues from" in finish(stopped, 75)
     at = metrics(parts)[-1]["step"]
     assert (parts / "checkpoints" / "latest").read_text().strip() == f"step_{at:08d}"
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import evaluate_ranks as ranks
 import pytest
@@ -78,13 +78,27 @@ def test_source_of(document: str, source: str) -> None:
     assert source_of(document) == source
 
 
-def test_commands(run: tuple[Path, float, float], perilune: Callable[..., Any], tmp_path: Path) -> None:
+BOTH = """
+import json, sys
+from perilune.pretrain.cli import main
+for words in json.loads(sys.argv[1]):
+    main(words, standalone_mode=False)
+"""
+
+
+def test_commands(run: tuple[Path, float, float], tmp_path: Path) -> None:
+    """Both in one process of their own: starting takes seconds. What they print is JSON, a line each."""
     path, loss, bits = run
     line = {"task": "moons", "context": "9 moons, 81 ", "choices": ["craters", "perilune"], "answer": 0}
-    (tmp_path / "tasks.jsonl").write_text(json.dumps(line) + "\n" + json.dumps(line | {"answer": 1}) + "\n")
-    done = perilune("eval", str(path), "--tasks", "tasks.jsonl", "--json")
+    tasks = tmp_path / "tasks.jsonl"
+    tasks.write_text(json.dumps(line) + "\n" + json.dumps(line | {"answer": 1}) + "\n")
+    prompts = ["--prompt", "The Moon", "--prompt", "def ", "--max-new-tokens", "9"]
+    words = [["eval", str(path), "--tasks", str(tasks), "--json"], ["generate", str(path), *prompts, "--json"]]
+    done = subprocess.run(
+        [sys.executable, "-c", BOTH, json.dumps(words)], capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr
-    result = json.loads(done.stdout)
+    result, first, second = (json.loads(text) for text in done.stdout.splitlines())
     assert result["step"] == 7
     assert result["validation"]["loss"] == pytest.approx(loss, rel=1e-6)
     assert result["validation"]["bits_per_byte"] == pytest.approx(bits, rel=1e-6)
@@ -93,11 +107,6 @@ def test_commands(run: tuple[Path, float, float], perilune: Callable[..., Any], 
     }
     (written,) = (path / "eval").iterdir()
     assert json.loads(written.read_text()) == result
-
-    words = ["generate", str(path), "--prompt", "The Moon", "--prompt", "def ", "--max-new-tokens", "9"]
-    done = perilune(*words, "--json")
-    assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr
-    first, second = (json.loads(text) for text in done.stdout.splitlines())
     assert first["prompt"] == "The Moon" and 0 < len(first["tokens"]) <= 9 and second["prompt"] == "def "
 
 
