@@ -80,22 +80,24 @@ def run(command: Sequence[str], nproc: int, log_dir: Path, threads: int = 0) -> 
 
 
 def _watch(children: list[subprocess.Popen[bytes]], log_dir: Path, asked: Callable[[], bool]) -> int:
+    def failures() -> list[tuple[int, int]]:
+        # A process that is asked to stop before it listens for that dies of the signal, which is no failure.
+        well = (None, 0, _PREEMPTED, -signal.SIGTERM, -signal.SIGINT) if asked() else (None, 0, _PREEMPTED)
+        return [(rank, child.returncode) for rank, child in enumerate(children) if child.poll() not in well]
+
     first: tuple[int, int] | None = None  # (rank, exit code) of the first to fail
     deadline = float("inf")
     while any(child.poll() is None for child in children):
-        for rank, child in enumerate(children):
-            # A process that is asked to stop before it listens for that dies of the signal, which is no failure.
-            well = (None, 0, _PREEMPTED, -signal.SIGTERM, -signal.SIGINT) if asked() else (None, 0, _PREEMPTED)
-            if first is None and child.poll() not in well:
-                first, deadline = (rank, child.returncode), time.monotonic() + _GRACE_S
+        if first is None and (failed := failures()):
+            first, deadline = failed[0], time.monotonic() + _GRACE_S
         if time.monotonic() > deadline:
             for child in children:
                 if child.poll() is None:
                     child.kill()
         time.sleep(0.05)
-    codes = [child.returncode for child in children]
+    first = first or next(iter(failures()), None)
     if first is None:
-        return 0 if not any(codes) else _PREEMPTED
+        return _PREEMPTED if any(child.returncode for child in children) else 0
     rank, code = first
     _tell(rank, code, log_dir / f"rank_{rank}.log")
     return code if code > 0 else 1

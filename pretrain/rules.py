@@ -117,7 +117,7 @@ def _batch(config: Config) -> list[str]:
     ]
     if len(s.milestones) != len(s.factors):
         problems.append(
-            f"schedule.milestones={list(s.milestones)} and schedule.factors={list(s.factors)} must be as long as each other"
+            f"schedule.milestones={list(s.milestones)} must be as long as schedule.factors={list(s.factors)}"
         )
     longest = config.model.max_position_embeddings
     if config.data.seq_len > longest:

@@ -15,7 +15,7 @@ from perilune.parallel import precision
 from perilune.pretrain import checkpoint, model, optimizer, rules
 from perilune.pretrain.data.batch import PackedBatch
 from perilune.pretrain.data.stream import DataState, Stream, open_stream, valid_batches
-from perilune.pretrain.errors import InputError, Preempted
+from perilune.pretrain.errors import Preempted
 from perilune.pretrain.meter import Meter
 from perilune.pretrain.metrics import RunLog
 from perilune.pretrain.objective import next_token
@@ -53,6 +53,8 @@ def run(config: Config, run_dir: Path, world: int, *, init_from: Path | None = N
             environment.record(run_dir, world, step)
         log.say(f"{mesh.describe()} dp={mesh.dp}; {precision.name()}; attention by {attention.name()}; {meter.name}")
         log.say(f"step {step} of {plan.total_steps}, {state.tokens:,} of {plan.total_tokens:,} tokens are done")
+        if init_from is not None and step:
+            log.say("--init-from was for this run's start; it continues from its own checkpoint")
         trace = Trace(run_dir) if profile else None
         bad_in_a_row = 0
         while step < plan.total_steps:
@@ -100,10 +102,6 @@ def _position(
         if init_from is not None:
             checkpoint.init_from(init_from, net, optim)
         return 0, stream.initial_state()
-    if init_from is not None:
-        raise InputError(
-            f"{newest} is there to continue from: --init-from starts a new run, in another --run directory"
-        )
     saved = checkpoint.load(newest, net, optim)
     state = DataState.from_dict(saved["data"])
     stream.check_state(state)
