@@ -10,7 +10,7 @@ packages = [f"perilune.{name}" for top in FOLDERS for name in (top, *(f"{top}.{p
 setup(
     name="perilune",
     version="0.1.0",
-    description="Distributed pretraining of MoE language and vision-language models, tested equal in every layout it accepts",
+    description="Distributed pretraining of MoE language and vision-language models, equal in every layout it accepts",
     long_description=Path("README.md").read_text(encoding="utf-8") if Path("README.md").exists() else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",
