@@ -234,7 +234,7 @@ def train(
       perilune train demo data.path=packed/train --run runs/first --nproc 2
       perilune train demo data.path=packed/train --run runs/first --nproc 2 train.steps=400
       perilune train proxy_100m --config mine.yaml optim.lr=1e-3 'schedule.milestones=[0.8, 0.9]'
-      perilune train deepseek_v3 parallel.pp=16 parallel.ep=8 --nproc 2048 --dry-run
+      perilune train deepseek_v3 recompute.granularity=none 'recompute.modules=[]' --nproc 2048 --dry-run
       torchrun --nproc-per-node 8 --no-python -- perilune train proxy_100m data.path=packed/train --run runs/a
     """
     from perilune.pretrain.train_command import train_command

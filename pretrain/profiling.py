@@ -62,6 +62,7 @@ def explain_out_of_memory(run_dir: Path, chunks: Sequence[torch.nn.Module], opti
         lines = [f"{size / 2**30:10.3f} GiB  {name}" for name, size in parts.items()]
         if torch.cuda.is_available():
             lines.append(torch.cuda.memory_summary())
+            torch.cuda.memory._dump_snapshot(str(file.with_suffix(".pickle")))  # for pytorch.org/memory_viz
         file.write_text("\n".join([text, "", *lines]) + "\n", encoding="utf-8")
         raise MemoryError(
             f"out of memory on rank {dist.get_rank()}; the largest part is {largest} with "
@@ -77,6 +78,8 @@ def held(chunks: Sequence[torch.nn.Module], optimizer: Any) -> dict[str, int]:
     gradients = sum(b.numel() * b.element_size() for b in buffers if b is not None)
     state = 0
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if getattr(part, "is_stub_optimizer", False):  # a stage without such weights
+            continue
         for values in part.optimizer.state.values():
             state += sum(t.numel() * t.element_size() for t in values.values() if isinstance(t, torch.Tensor))
         state += sum(t.numel() * t.element_size() for group in part.param_groups for t in group["params"])
