@@ -151,7 +151,7 @@ def _let_go() -> None:
     RotaryEmbedding.forward.cache_clear()  # type: ignore[attr-defined]
     YarnRotaryEmbedding.forward.cache_clear()  # type: ignore[attr-defined]
     for thing in gc.get_objects():
-        if isinstance(thing, MoETokenDispatcher):
+        if issubclass(type(thing), MoETokenDispatcher):  # isinstance would wake lazy, deprecated names of torch
             for name, value in vars(thing).items():
                 if isinstance(value, torch.Tensor):
                     setattr(thing, name, None)
