@@ -23,7 +23,7 @@ from perilune.pretrain.errors import InputError
 from perilune.pretrain.hf import card
 from perilune.pretrain.hf.config import config_from_hf
 from perilune.pretrain.hf.folder import read_json
-from perilune.pretrain.hf.importing import _Reader as Reader
+from perilune.pretrain.hf.importing import Reader
 from perilune.pretrain.hf.source import Checkpoint
 from perilune.pretrain.hf.table import tensors
 from perilune.pretrain.hf.weights import WeightFolder

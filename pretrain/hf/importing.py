@@ -56,7 +56,7 @@ def import_hf(
     found = config_from_hf(raw)
     config = _config(found, overrides)
     with WeightFolder(folder) as weights, new_folder(out) as temporary:
-        reader = _Reader(weights, raw, found, config.model)
+        reader = Reader(weights, raw, found, config.model)
         for note in reader.notes:
             say(note)
         _write(reader, config.model, temporary)
@@ -90,7 +90,7 @@ def _yaml(config: Config, overrides: Sequence[str]) -> str:
 # ---------------------------------------------------------------- reading
 
 
-class _Reader:
+class Reader:
     """The folder's tensors under our names, in the type that config.json states; FP8 blocks in that type too.
 
     Raises InputError at once, naming the first ones, if any tensor is not what the table says.
@@ -217,7 +217,7 @@ def _fp8(raw: dict[str, object]) -> bool:
 class _Planner(DefaultSavePlanner):
     """Makes each piece when torch's writer asks for it, and holds none."""
 
-    def __init__(self, reader: _Reader, model: Model) -> None:
+    def __init__(self, reader: Reader, model: Model) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self._reader = reader
         self._pieces: dict[tuple[str, tuple[int, ...]], tuple[Tensor, tuple[int, ...], tuple[Block, ...]]] = {}
@@ -257,7 +257,7 @@ class _Writer(dcp.FileSystemWriter):
         return StorageMeta()
 
 
-def _write(reader: _Reader, model: Model, folder: Path) -> None:
+def _write(reader: Reader, model: Model, folder: Path) -> None:
     """The steps of torch's `dcp.save` for one process, whose own wraps every error in one that hides it."""
     planner = _Planner(reader, model)
     writer = _Writer(folder, single_file_per_rank=True, thread_count=1, sync_files=True)
