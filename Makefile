@@ -11,11 +11,11 @@ PACKAGES := pretrain parallel moe vision kernels launch
 export OMP_NUM_THREADS ?= 1
 export PYTHONSAFEPATH := 1
 
-.PHONY: help install demo test lint
+.PHONY: help install demo test lint browser
 
 help:
 	@echo "make demo      install, then make a tokenizer and shards, train, stop, resume and validate a small model"
-	@echo "make test      install, then lint, types, import layers and tests (no GPU)"
+	@echo "make test      install (chromium too, as root on Debian), then lint, types, import layers and tests (no GPU)"
 	@echo "make install   .venv with Perilune (editable) and what its tests need; PYTHON=python3.12 chooses the interpreter"
 	@echo "make lint      install, then ruff, mypy and import-linter alone"
 
@@ -25,8 +25,16 @@ install: .venv/.installed
 demo: install
 	$(BIN)/perilune demo
 
-test: lint
+test: lint browser
 	$(BIN)/python -m pytest -q
+
+# The report is looked at by a real browser; where none can be had, those tests are skipped.
+browser:
+	@command -v chromedriver >/dev/null || { \
+	    [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && echo "Installing chromium for the report's tests" && \
+	    { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends \
+	        chromium chromium-driver; } >/dev/null 2>&1; \
+	} || echo "no chromium and chromedriver here: the report's tests in a browser are skipped"
 
 lint: install
 	$(BIN)/ruff check

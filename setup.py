@@ -17,7 +17,12 @@ setup(
     python_requires=">=3.12",  # megatron-core 0.19 needs it; on 3.11 pip silently falls back to 0.16
     packages=packages,
     package_dir={"perilune": "."},
-    package_data={"": ["py.typed"], "perilune.pretrain.report": ["*.html", "*.css", "*.js"]},
+    package_data={
+        "": ["py.typed"],
+        "perilune.pretrain.report": ["*.html", "*.css", "*.js"],
+        "perilune.pretrain.parity": ["*.html"],
+        "perilune.pretrain.data": ["*.html"],
+    },
     install_requires=[
         "torch>=2.11",
         "megatron-core>=0.19,<0.20",  # the layer specs and the patch list of parallel/cpu.py are for 0.19
@@ -35,10 +40,13 @@ setup(
         "jinja2>=3.1",
         "zstandard",
         "pyarrow",
-        "fsspec",
+        "fsspec[http]",
+        "pillow",  # images are decoded once while they are packed, so that none that is damaged gets into a row
         "ray[default]>=2.50",
     ],
     extras_require={
+        "s3": ["s3fs"],
+        "gs": ["gcsfs"],
         # Transformer Engine: install all of it or none; the core wheel alone breaks `import megatron.core`.
         "gpu": ["transformer-engine[pytorch,core_cu13]==2.17.1", "flash-attn-4>=4.0.0b36"],
         "dev": [

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 
 @cache
-def _flash_varlen() -> Callable[..., torch.Tensor | tuple[torch.Tensor, ...]] | None:
+def _flash_varlen() -> Callable[..., Any] | None:
     """flash-attn 4's or 2's variable-length function where it is installed and there is a GPU, else None."""
     if not torch.cuda.is_available() or importlib.util.find_spec("flash_attn") is None:
         return None
@@ -46,18 +48,34 @@ def varlen_attention(
     flash = _flash_varlen() if q_TND.is_cuda and q_TND.dtype in (torch.bfloat16, torch.float16) else None
     if flash is None:
         return sdpa_by_document(q_TND, k_TND, v_TNE, cu_seqlens, scale)
+    return _flash(flash, q_TND, k_TND, v_TNE, (cu_seqlens, cu_seqlens), (max_seqlen, max_seqlen), scale)
+
+
+def _flash(
+    flash: Callable[..., Any],
+    q_QND: torch.Tensor,
+    k_KND: torch.Tensor,
+    v_KNE: torch.Tensor,
+    bounds: tuple[torch.Tensor, torch.Tensor],
+    longest: tuple[int, int],
+    scale: float,
+) -> torch.Tensor:
+    """flash-attn on segments of queries and of keys; the mask is aligned with the last query and the last key."""
+    E = v_KNE.shape[-1]
+    if q_QND.shape[-1] > E and "cute" not in flash.__module__:  # flash-attn 2 wants equal head dims
+        v_KNE = F.pad(v_KNE, (0, q_QND.shape[-1] - E))
     out = flash(
-        q_TND,
-        k_TND,
-        v_TNE,
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_k=cu_seqlens,
-        max_seqlen_q=max_seqlen,
-        max_seqlen_k=max_seqlen,
+        q_QND,
+        k_KND,
+        v_KNE,
+        cu_seqlens_q=bounds[0],
+        cu_seqlens_k=bounds[1],
+        max_seqlen_q=longest[0],
+        max_seqlen_k=longest[1],
         softmax_scale=scale,
         causal=True,
     )
-    return out[0] if isinstance(out, tuple) else out
+    return (out[0] if isinstance(out, tuple) else out)[..., :E]
 
 
 def sdpa_by_document(
@@ -67,9 +85,64 @@ def sdpa_by_document(
     bounds = cu_seqlens.tolist()
     outs = []
     for start, end in pairwise(bounds):
-        q, k, v = (x[start:end].transpose(0, 1).unsqueeze(0) for x in (q_TND, k_TND, v_TNE))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-        outs.append(out.squeeze(0).transpose(0, 1))
+        outs.append(_sdpa(q_TND[start:end], k_TND[start:end], v_TNE[start:end], scale))
+    return torch.cat(outs) if len(outs) > 1 else outs[0]
+
+
+def _sdpa(
+    q_QND: torch.Tensor, k_KND: torch.Tensor, v_KNE: torch.Tensor, scale: float, mask_QK: torch.Tensor | None = None
+) -> torch.Tensor:
+    """PyTorch's SDPA, causal where there is no mask. Returns [Q, N, E]."""
+    E = v_KNE.shape[-1]
+    if q_QND.shape[-1] > E:  # its fused kernels want equal head dims, and without them holds all scores in memory
+        v_KNE = F.pad(v_KNE, (0, q_QND.shape[-1] - E))
+    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q_QND, k_KND, v_KNE))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_QK, is_causal=mask_QK is None, scale=scale)
+    return out.squeeze(0).transpose(0, 1)[..., :E]
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Which keys each range of queries sees, where queries are a part of a longer pack (context parallelism).
+
+    Range i of `queries` ([start, end) among the queries at hand) sees range i of `keys` ([start, end) of the whole
+    pack): its last query all of them, the query before one less, and so on. Together the queries are all there are.
+    """
+
+    queries: tuple[tuple[int, int], ...]
+    keys: tuple[tuple[int, int], ...]
+
+
+def piecewise_attention(
+    q_QND: torch.Tensor, k_TND: torch.Tensor, v_TNE: torch.Tensor, pieces: Pieces, scale: float
+) -> torch.Tensor:
+    """Softmax attention of Q queries on the keys and values of a whole pack, as `pieces` says. Returns [Q, N, E]."""
+    flash = _flash_varlen() if q_QND.is_cuda and q_QND.dtype in (torch.bfloat16, torch.float16) else None
+    if flash is None:
+        return sdpa_by_piece(q_QND, k_TND, v_TNE, pieces, scale)
+
+    def bounds(ranges: tuple[tuple[int, int], ...]) -> torch.Tensor:
+        ends = list(accumulate((end - start for start, end in ranges), initial=0))
+        return torch.tensor(ends, dtype=torch.int32, device=q_QND.device)
+
+    # Ranges of keys overlap (a document cut into several pieces), so they are laid out one after the other.
+    k, v = (torch.cat([x[start:end] for start, end in pieces.keys]) for x in (k_TND, v_TNE))
+    longest_q, longest_k = (max(end - start for start, end in ranges) for ranges in (pieces.queries, pieces.keys))
+    cu_seqlens = bounds(pieces.queries), bounds(pieces.keys)
+    return _flash(flash, q_QND, k, v, cu_seqlens, (longest_q, longest_k), scale)
+
+
+def sdpa_by_piece(
+    q_QND: torch.Tensor, k_TND: torch.Tensor, v_TNE: torch.Tensor, pieces: Pieces, scale: float
+) -> torch.Tensor:
+    """One call of PyTorch's SDPA a piece; a mask only where the queries do not begin with their document."""
+    outs = []
+    for (start, end), (first, last) in zip(pieces.queries, pieces.keys, strict=True):
+        before = (last - first) - (end - start)
+        mask = None
+        if before:
+            mask = torch.ones(end - start, last - first, dtype=torch.bool, device=q_QND.device).tril(before)
+        outs.append(_sdpa(q_QND[start:end], k_TND[first:last], v_TNE[first:last], scale, mask))
     return torch.cat(outs) if len(outs) > 1 else outs[0]
 
 

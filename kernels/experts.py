@@ -7,24 +7,38 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 def grouped_swiglu(
-    x_RH: torch.Tensor, w1_EGH: torch.Tensor, w2_EHF: torch.Tensor, counts_E: torch.Tensor, probs_R: torch.Tensor
+    x_RH: torch.Tensor,
+    w1_EGH: torch.Tensor,
+    w2_EHF: torch.Tensor,
+    counts_E: torch.Tensor,
+    probs_R: torch.Tensor,
+    recompute: bool = False,
 ) -> torch.Tensor:
     """prob * (silu(x gate) * (x up)) down, for each expert on its own rows. Returns [R, H].
 
     `w1_EGH` is [E, 2F, H], gate rows before up rows; `w2_EHF` is [E, H, F]; `counts_E` the rows of each expert (a sum
     of R; an expert may have none). The probability scales before the down projection, as Megatron-core does: the same
-    number, and the gradient of the probability needs no second matmul.
+    number, and the gradient of the probability needs no second matmul. With `recompute`, backward computes silu, the
+    product and the scaling again instead of keeping them (R * F numbers three times).
     """
     if not _aligned(x_RH, w1_EGH, w2_EHF):
         return reference(x_RH, w1_EGH, w2_EHF, counts_E, probs_R)
     ends = counts_E.to(device=x_RH.device).cumsum(0).to(torch.int32)
     h_RG = F.grouped_mm(x_RH, w1_EGH.transpose(1, 2), offs=ends)
-    gate, up = h_RG.chunk(2, dim=-1)
-    act_RF = F.silu(gate) * up * probs_R.unsqueeze(-1).to(x_RH.dtype)
-    return _Contiguous.apply(F.grouped_mm(act_RF, w2_EHF.transpose(1, 2), offs=ends))
+
+    def down(h_RG: torch.Tensor, probs_R: torch.Tensor) -> torch.Tensor:
+        gate, up = h_RG.chunk(2, dim=-1)
+        act_RF = F.silu(gate) * up * probs_R.unsqueeze(-1).to(x_RH.dtype)
+        return _Contiguous.apply(F.grouped_mm(act_RF, w2_EHF.transpose(1, 2), offs=ends))
+
+    if not recompute:
+        return down(h_RG, probs_R)
+    # It stops before the second matmul: by then all that backward wants is there again.
+    return checkpoint(down, h_RG, probs_R, use_reentrant=False, preserve_rng_state=False)
 
 
 def _aligned(*tensors: torch.Tensor) -> bool:

@@ -1,20 +1,70 @@
 """Multi-head latent attention (DeepSeek-V3, arXiv 2412.19437, section 2.1.1) on packed rows.
 
-Megatron-core's MLASelfAttention with its repairs, and an attention core of ours as its submodule.
+Megatron-core's MLASelfAttention with its repairs, and an attention core and a RoPE of ours as its submodules.
+
+T tokens of the micro-batch on this rank, N heads, D query and key head dim, E value head dim, R RoPE head dim.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.mappings import (
     gather_from_tensor_model_parallel_region,
     scatter_to_sequence_parallel_region,
 )
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 
-from perilune.kernels.attention import varlen_attention
+from perilune.kernels.attention import piecewise_attention, varlen_attention
+from perilune.parallel import context
+
+
+@dataclass
+class PackedRows(PackedSeqParams):
+    """The documents of a micro-batch, in a form of which Megatron-core's attention reads only that tokens are packed.
+
+    Its own boundaries stay None: it would apply RoPE document by document, and cut every document over
+    context-parallel ranks. Here each token carries its position instead.
+    """
+
+    documents: torch.Tensor = None  # type: ignore[assignment]  # [documents+1] int32 boundaries in the whole pack
+    longest: int = 0  # tokens of the longest document
+    positions_T: torch.Tensor = None  # type: ignore[assignment]  # of this rank's tokens in their documents
+    cut: context.Cut | None = None  # what this rank holds of the pack; None: all of it
+
+    def for_core(self) -> PackedSeqParams:
+        """The same boundaries as Transformer Engine's attention reads them."""
+        return PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=self.documents,
+            cu_seqlens_kv=self.documents,
+            max_seqlen_q=self.longest,
+            max_seqlen_kv=self.longest,
+        )
+
+
+class PositionRope(torch.nn.Module):
+    """Megatron-core's RoPE or YaRN, looked up by each token's position in its document."""
+
+    def __init__(self, table: torch.nn.Module) -> None:
+        super().__init__()
+        self.table = table
+
+    def get_rotary_seq_len(self, *of_megatron: Any) -> PackedRows:
+        """Megatron-core asks for a length here, with the packed rows last, and hands the answer to `forward`."""
+        packed: PackedRows = of_megatron[-1]
+        return packed
+
+    def forward(self, packed: PackedRows, packed_seq: bool) -> Any:
+        """Angles [T, 1, R]; with YaRN also what it multiplies their cos and sin by."""
+        rounded = 1 << (packed.longest - 1).bit_length()  # so that the table's cache is met again
+        found = self.table(rounded, packed_seq=packed_seq)
+        if isinstance(found, tuple):
+            return found[0][packed.positions_T, 0], found[1]
+        return found[packed.positions_T, 0]
 
 
 class LatentAttention(MLASelfAttention):
@@ -25,6 +75,10 @@ class LatentAttention(MLASelfAttention):
     gradient is off by 8e-2). Here the latent is handed on split by sequence, as a replicated projection would leave
     it: Megatron-core then gathers the RoPE key along the sequence, whose backward sums over the ranks.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.rotary_pos_emb: torch.nn.Module = PositionRope(self.rotary_pos_emb)
 
     def _qkv_down_projection(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         q_compressed, kv_combined = super()._qkv_down_projection(hidden_states)
@@ -47,21 +101,23 @@ class LatentAttention(MLASelfAttention):
         if isinstance(self.core_attention, PackedCoreAttention):
             return self.core_attention(query, key, value, packed_seq_params)
         return super()._run_core_attention(
-            query, key, value, attention_mask, packed_seq_params=packed_seq_params, **kwargs
+            query, key, value, attention_mask, packed_seq_params=packed_seq_params.for_core(), **kwargs
         )
 
 
 class PackedCoreAttention(torch.nn.Module):
     """Attention on packed rows by `kernels/attention.py`; takes Megatron-core's arguments for a core attention."""
 
-    def __init__(self, config: Any, layer_number: int, softmax_scale: float, **kwargs: Any) -> None:
+    def __init__(self, config: Any, layer_number: int, softmax_scale: float, pg_collection: Any, **kwargs: Any) -> None:
         super().__init__()
         del config, layer_number, kwargs
-        self.softmax_scale = softmax_scale
+        self.softmax_scale, self.cp_group = softmax_scale, pg_collection.cp
 
-    def forward(self, q_TND: torch.Tensor, k_TND: torch.Tensor, v_TNE: torch.Tensor, packed: Any) -> torch.Tensor:
+    def forward(self, q_TND: torch.Tensor, k_TND: torch.Tensor, v_TNE: torch.Tensor, packed: PackedRows) -> Any:
         """Returns [T, N * E]."""
-        out_TNE = varlen_attention(
-            q_TND, k_TND, v_TNE, packed.cu_seqlens_q, int(packed.max_seqlen_q), self.softmax_scale
-        )
-        return out_TNE.flatten(1)
+        if packed.cut is None:
+            out_TNE = varlen_attention(q_TND, k_TND, v_TNE, packed.documents, packed.longest, self.softmax_scale)
+            return out_TNE.flatten(1)
+        both = context.gather(torch.cat((k_TND, v_TNE), dim=-1), packed.cut.order_T, self.cp_group)
+        k, v = both.split([k_TND.shape[-1], v_TNE.shape[-1]], dim=-1)
+        return piecewise_attention(q_TND, k, v, packed.cut.pieces, self.softmax_scale).flatten(1)

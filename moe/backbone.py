@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_backend
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType, LayerType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -35,12 +34,14 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 
-from perilune.moe.attention import LatentAttention, PackedCoreAttention
+from perilune.moe.attention import LatentAttention, PackedCoreAttention, PackedRows
 from perilune.moe.experts import GroupedExperts
 from perilune.moe.mtp import DepthLayer
 from perilune.moe.norm import RMSNorm
 from perilune.moe.router import Router, StepScale
-from perilune.parallel.mesh import Mesh
+from perilune.parallel import recompute
+from perilune.parallel.context import Cut
+from perilune.parallel.mesh import FLEX_BACKENDS, Mesh
 from perilune.parallel.precision import spec_provider, with_eps
 
 
@@ -54,7 +55,7 @@ class BackboneConfig:
     dispatcher: str = "alltoall"
     fp8: str = "off"  # Transformer Engine's recipe: blockwise (V3 section 3.3), current, mxfp8
     layout: str | None = None  # Megatron-core's pipeline layout, such as Ett|tt|tmL; None: equal stages
-    recompute_granularity: str | None = None
+    recompute_granularity: str = "none"
     recompute_modules: tuple[str, ...] = ()
 
 
@@ -77,7 +78,8 @@ def transformer_config(config: BackboneConfig) -> MLATransformerConfig:
             "moe_router_load_balancing_type": "none",  # the sequence-wise loss is moe/router.py's
             "moe_aux_loss_coeff": 0.0,
             "moe_grouped_gemm": True,
-            "moe_token_dispatcher_type": config.dispatcher,
+            "moe_token_dispatcher_type": "flex" if config.dispatcher in FLEX_BACKENDS else config.dispatcher,
+            "moe_flex_dispatcher_backend": FLEX_BACKENDS.get(config.dispatcher, "deepep"),
         }
     fp8: dict[str, Any] = {}
     if config.fp8 != "off":
@@ -132,10 +134,7 @@ def transformer_config(config: BackboneConfig) -> MLATransformerConfig:
         # Batched P2P pairs messages wrongly when previous and next rank are the same (pp=2 with vpp).
         overlap_p2p_comm=mesh.vpp > 1,
         batch_p2p_comm=mesh.vpp == 1,
-        recompute_granularity=config.recompute_granularity,
-        recompute_modules=list(config.recompute_modules) or None,
-        recompute_method="uniform" if config.recompute_granularity == "full" else None,
-        recompute_num_layers=1 if config.recompute_granularity == "full" else None,
+        **recompute.settings(config.recompute_granularity, config.recompute_modules),
         **moe,
         **fp8,
     )
@@ -156,7 +155,8 @@ def _layer_specs(config: BackboneConfig, backend: Any, scale: StepScale) -> tupl
             linear_q_up_proj=column,
             linear_kv_down_proj=backend.linear(),
             linear_kv_up_proj=column,
-            core_attention=backend.core_attention(),
+            # Transformer Engine's cuts each document over the ranks, and wants it padded to 2 x cp.
+            core_attention=PackedCoreAttention if config.mesh.cp > 1 else backend.core_attention(),
             linear_proj=row,
             q_layernorm=IdentityOp if m.q_lora_rank is None else latent_norm,
             kv_layernorm=latent_norm,
@@ -262,6 +262,7 @@ def build(config: BackboneConfig, vp_stage: int | None = None, pp_rank: int | No
         norm = backend.layer_norm()
         depth = ModuleSpec(
             module=DepthLayer,
+            params={"recompute": "mtp" in config.recompute_modules},
             submodules=MultiTokenPredictionLayerSubmodules(
                 enorm=norm,
                 hnorm=norm,
@@ -289,12 +290,15 @@ def build(config: BackboneConfig, vp_stage: int | None = None, pp_rank: int | No
     return model
 
 
-def packed_params(cu_seqlens: torch.Tensor, max_seqlen: int) -> PackedSeqParams:
-    """Document boundaries in Megatron-core's form."""
-    return PackedSeqParams(
+def packed_params(cu_seqlens: torch.Tensor, max_seqlen: int, cut: Cut | None = None) -> PackedRows:
+    """Document boundaries ([documents+1] int32) and what this rank holds of the pack, for `Backbone.forward`."""
+    places_T = torch.arange(int(cu_seqlens[-1]), device=cu_seqlens.device)
+    lengths = cu_seqlens.diff()
+    positions_T = places_T - cu_seqlens[:-1].repeat_interleave(lengths)
+    return PackedRows(
         qkv_format="thd",
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_kv=cu_seqlens,
-        max_seqlen_q=max_seqlen,
-        max_seqlen_kv=max_seqlen,
+        documents=cu_seqlens,
+        longest=max_seqlen,
+        positions_T=positions_T if cut is None else positions_T[cut.index_Q],
+        cut=cut,
     )

@@ -165,7 +165,7 @@ class Decoder:
 
     def _rope(self, positions_T: torch.Tensor, capacity: int) -> tuple[torch.Tensor, float]:
         """Angles [T, R / 2] of the model's own RoPE or YaRN, and what YaRN multiplies their cos and sin by."""
-        found = self._layers[0].self_attention.rotary_pos_emb(capacity, packed_seq=True)
+        found = self._layers[0].self_attention.rotary_pos_emb.table(capacity, packed_seq=True)
         angles, scale = found if isinstance(found, tuple) else (found, 1.0)
         return angles[positions_T, 0, 0, : self._R // 2], scale
 

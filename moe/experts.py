@@ -23,6 +23,7 @@ class GroupedExperts(MegatronModule):
         del name
         self.ep_group, self.tp_group, self.dp_group = pg_collection.ep, pg_collection.expt_tp, pg_collection.expt_dp
         E, F, H = num_local_experts, config.moe_ffn_hidden_size // self.tp_group.size(), config.hidden_size
+        self._recompute = config.recompute_granularity == "selective" and "moe_act" in config.recompute_modules
         self.w1 = torch.nn.Parameter(torch.empty(E, 2 * F, H, dtype=config.params_dtype))
         self.w2 = torch.nn.Parameter(torch.empty(E, H, F, dtype=config.params_dtype))
         for weight, dim in ((self.w1, 1), (self.w2, 2)):
@@ -37,7 +38,8 @@ class GroupedExperts(MegatronModule):
     ) -> tuple[torch.Tensor, None]:
         """`hidden_RH` holds the routed tokens sorted by local expert. Returns the same shape, and no bias."""
         counts = torch.as_tensor(tokens_per_expert)
-        return grouped_swiglu(hidden_RH, self.w1, self.w2, counts, probs_R), None
+        recompute = self._recompute and self.training
+        return grouped_swiglu(hidden_RH, self.w1, self.w2, counts, probs_R, recompute), None
 
     def backward_dw(self) -> None:
         """Megatron-core's hook for delayed weight gradients, which this module does not delay."""

@@ -8,15 +8,28 @@ an index along T; going one depth deeper is dropping the first line.
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from typing import Any
 
 import torch
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
 from megatron.core.utils import make_viewless_tensor
 
+from perilune.parallel.recompute import settings
+
 
 class DepthLayer(MultiTokenPredictionLayer):
-    """One prediction depth: [norm(embedding of token i+k); norm(hidden of i)] projected, then a transformer layer."""
+    """One prediction depth: [norm(embedding of token i+k); norm(hidden of i)] projected, then a transformer layer.
+
+    With `recompute` it keeps only its inputs for backward, as Megatron-core does where whole layers are recomputed.
+    """
+
+    def __init__(self, config: Any, *args: Any, recompute: bool = False, **kwargs: Any) -> None:
+        if recompute:
+            config = copy(config)
+            for name, value in settings("full", ()).items():
+                setattr(config, name, value)
+        super().__init__(config, *args, **kwargs)
 
     def _get_embeddings(
         self,

@@ -5,6 +5,7 @@ T tokens on this rank, E experts, R rows (sequences) of the micro-batch.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +37,15 @@ class Router(TopKRouter):
         self.scale = scale
         self.register_buffer("load_E", torch.zeros(self.num_experts, dtype=torch.float64), persistent=False)
         self.register_buffer("balance_sum", torch.zeros((), dtype=torch.float64), persistent=False)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        """As ever, but that counts and bias keep their type: in bf16 a count of tokens stops growing."""
+        kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, buffer in kept.items():
+            moved = self._buffers[name]
+            self._buffers[name] = moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
+        return self
 
     def routing(self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None) -> tuple[Any, Any]:
         """Weights and choices, both [T, E] and zero where an expert is not chosen, from logits [S, B, E]."""

@@ -1,4 +1,4 @@
-"""The one file that knows that Megatron-core expects CUDA: a dated list of small patches that let it run on a CPU.
+"""The one file that patches Megatron-core: a dated list of small patches that let it run without CUDA.
 
 Checked against megatron-core 0.19.2. Nothing of torch is changed for anybody else: each module of Megatron-core gets
 its own view of `torch`, in which `device="cuda"` means the CPU and `torch.cuda` is a stand-in whose streams and events
@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import sys
 import types
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import mappings, random
 
 _FACTORIES = (
     "tensor zeros ones empty full arange eye rand randn randint zeros_like ones_like empty_like full_like rand_like "
@@ -152,6 +155,7 @@ class _CpuTorch(types.ModuleType):
         def build(*args: Any, **kwargs: Any) -> torch.Tensor:
             if "device" in kwargs:
                 kwargs["device"] = _on_cpu(kwargs["device"])
+            kwargs.pop("pin_memory", None)  # pinning asks for a driver
             return factory(*args, **kwargs)
 
         return build
@@ -190,10 +194,51 @@ def _set_rng_state(new_state: torch.Tensor, device: Any = -1, graph_safe: bool =
     torch.set_rng_state(new_state)
 
 
+def _gather_uneven(
+    input_: torch.Tensor, group: Any, output_split_sizes: list[int] | None = None, use_global_buffer: bool = False
+) -> torch.Tensor:
+    """All-gather along dim 0 of parts of unequal size: padded to the largest, and cut afterwards."""
+    if output_split_sizes is None or group.size() == 1:
+        return _GATHER(input_, group, output_split_sizes, use_global_buffer)
+    largest = max(output_split_sizes)
+    whole = input_.new_empty(group.size() * largest, *input_.shape[1:])
+    dist.all_gather_into_tensor(whole, _padded(input_, largest), group=group)
+    parts = zip(whole.split(largest) if largest else [whole] * group.size(), output_split_sizes, strict=True)
+    return torch.cat([part[:size] for part, size in parts])
+
+
+def _reduce_scatter_uneven(
+    input_: torch.Tensor, group: Any, input_split_sizes: list[int] | None = None, use_global_buffer: bool = False
+) -> torch.Tensor:
+    """Reduce-scatter along dim 0 into parts of unequal size: padded to the largest, and cut afterwards."""
+    if input_split_sizes is None or group.size() == 1:
+        return _REDUCE_SCATTER(input_, group, input_split_sizes, use_global_buffer)
+    largest = max(input_split_sizes)
+    parts = torch.cat([_padded(part, largest) for part in input_.split(input_split_sizes)])
+    mine = input_.new_empty(largest, *input_.shape[1:])
+    dist.reduce_scatter_tensor(mine, parts, group=group)
+    return mine[: input_split_sizes[group.rank()]]
+
+
+def _padded(part: torch.Tensor, rows: int) -> torch.Tensor:
+    return torch.cat((part, part.new_zeros(rows - part.shape[0], *part.shape[1:])))
+
+
+_GATHER, _REDUCE_SCATTER = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
 _TENSOR_TYPE = torch.Tensor.type
 _TENSOR_CUDA = torch.Tensor.cuda
-# (module, attribute, replacement, why; the test in tests/parallel/test_cpu.py carries the attribute's name)
-PATCHES: tuple[tuple[str, str, Callable[..., Any], str], ...] = (
+
+
+class _CheckpointWithoutOutput(random.CheckpointWithoutOutput):
+    """Recomputation that asks Transformer Engine for its FP8 state only where FP8 is on."""
+
+    def __init__(self, fp8: Any = None) -> None:
+        super().__init__(fp8 or None)
+
+
+Patch = tuple[str, str, Any, str]
+# (module, attribute, replacement, why; tests/parallel/test_cpu.py fails once upstream no longer needs it)
+PATCHES: tuple[Patch, ...] = (
     (
         "megatron.core.transformer.moe.token_dispatcher",
         "maybe_move_tensor_to_cpu",
@@ -204,13 +249,37 @@ PATCHES: tuple[tuple[str, str, Callable[..., Any], str], ...] = (
         "megatron.core.tensor_parallel.random",
         "_set_cuda_rng_state",
         _set_rng_state,
-        "2026-11: writes to torch.cuda.default_generators, which is empty without a GPU",
+        "2026-11: waits for CUDA to start, which never comes, so a recomputed dropout would draw anew",
+    ),
+    (
+        "megatron.core.tensor_parallel.mappings",
+        "_gather_along_first_dim",
+        _gather_uneven,
+        "2026-11: gloo has no all-gather of unequal parts, which EP with ETP needs",
+    ),
+    (
+        "megatron.core.tensor_parallel.mappings",
+        "_reduce_scatter_along_first_dim",
+        _reduce_scatter_uneven,
+        "2026-11: gloo has no reduce-scatter of unequal parts; the backward of the above",
+    ),
+)
+# The same where Transformer Engine is missing, on whatever device.
+WITHOUT_TRANSFORMER_ENGINE: tuple[Patch, ...] = (
+    (
+        "megatron.core.tensor_parallel",
+        "CheckpointWithoutOutput",
+        _CheckpointWithoutOutput,
+        "2026-11: the default fp8=False counts as 'on' (it is compared with None), and norms are recomputed with it",
     ),
 )
 
 
 def install() -> None:
-    """Let Megatron-core run on this machine's CPU. Does nothing on a machine with a GPU; safe to call again."""
+    """Let Megatron-core run on this machine: on its CPU, or without Transformer Engine. Safe to call again."""
+    if importlib.util.find_spec("transformer_engine_torch") is None:
+        for name, attribute, replacement, _ in WITHOUT_TRANSFORMER_ENGINE:
+            setattr(importlib.import_module(name), attribute, replacement)
     if torch.cuda.is_available():
         return
     view = _CpuTorch()

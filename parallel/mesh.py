@@ -6,6 +6,7 @@ the same processes as etp x ep x expert-dp x pp.
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,6 +14,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # a launcher checks degrees without the seconds that importing torch takes
     import torch
+
+# Token dispatchers that are backends of Megatron-core's flex dispatcher, by their name here; both need a GPU.
+FLEX_BACKENDS = {"flex": "deepep", "hybridep": "hybridep"}
 
 
 class LayoutError(ValueError):
@@ -42,18 +46,31 @@ class Mesh:
             fits = " or ".join(str(n) for n in (below, above) if n)
             raise LayoutError(
                 f"tp*pp*cp = {self.tp}*{self.pp}*{self.cp} = {model} does not divide {self.world} processes "
-                f"({degrees}); start {fits} processes, or change a degree"
+                f"({degrees}); start {fits} processes, or set {self._near(self.world, 'tp', 'pp', 'cp')}"
             )
         expert = self.etp * self.ep * self.pp
         if self.world % expert:
-            per_stage = self.world // self.pp
-            fits_ep = [n for n in range(1, per_stage + 1) if per_stage % (n * self.etp) == 0]
             raise LayoutError(
                 f"etp*ep*pp = {self.etp}*{self.ep}*{self.pp} = {expert} does not divide {self.world} processes "
-                f"({degrees}); with etp={self.etp} and pp={self.pp} ep may be one of {fits_ep}"
+                f"({degrees}); set {self._near(self.world, 'ep', 'etp', 'pp')}"
             )
         if self.vpp > 1 and self.pp == 1:
             raise LayoutError(f"parallel.vpp={self.vpp} needs a pipeline: set parallel.pp > 1 or parallel.vpp=1")
+
+    def _near(self, world: int, *axes: str) -> str:
+        """Which single degree, nearest to what was asked for, would make the product of `axes` divide `world`."""
+        offers = []
+        for axis in axes:
+            others = math.prod(getattr(self, other) for other in axes if other != axis)
+            asked = getattr(self, axis)
+            fits = [n for n in range(1, world + 1) if world % (n * others) == 0]
+            near = [
+                max((n for n in fits if n < asked), default=None),
+                min((n for n in fits if n > asked), default=None),
+            ]
+            if any(near):
+                offers.append(f"{axis}={' or '.join(str(n) for n in near if n)}")
+        return ", or ".join(offers) if offers else f"two of {', '.join(axes)}: no single one of them helps"
 
     @property
     def dp(self) -> int:

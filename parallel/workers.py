@@ -25,7 +25,7 @@ class WorkerError(RuntimeError):
 
 
 class Workers:
-    """`size` processes of one machine, each with its own interpreter, ended by `close` or with their parent."""
+    """Up to `size` processes of one machine, each with its own interpreter, ended by `close` or with their parent."""
 
     def __init__(self, size: int, threads: int = 1, timeout_s: float = 120.0) -> None:
         self.size, self._threads, self._timeout_s = size, threads, timeout_s
@@ -46,8 +46,7 @@ class Workers:
         """
         if not 1 <= world <= self.size:
             raise ValueError(f"world={world} must be between 1 and the {self.size} processes of this pool")
-        if not self._processes:
-            self._start()
+        self._start(world)
         port = _free_port()
         for rank in range(world):
             self._pipes[rank].send((rank, world, port, function, arguments))
@@ -63,7 +62,7 @@ class Workers:
                 rank = waiting[pipe]
                 try:
                     ok, value = pipe.recv()
-                except EOFError:
+                except (EOFError, ConnectionResetError):
                     ok, value = False, f"process ended with exit code {self._processes[rank].exitcode}"
                 if not ok:
                     self.close()
@@ -81,12 +80,13 @@ class Workers:
             pipe.close()
         self._processes, self._pipes = [], []
 
-    def _start(self) -> None:
+    def _start(self, world: int) -> None:
+        """Bring the processes up to `world`; those beyond what was asked for so far never start."""
         context = get_context("spawn")
         before = os.environ.get("OMP_NUM_THREADS")
         os.environ["OMP_NUM_THREADS"] = str(self._threads)
         try:
-            for _ in range(self.size):
+            for _ in range(len(self._processes), world):
                 here, there = context.Pipe()
                 process = context.Process(target=_serve, args=(there, self._timeout_s), daemon=True)
                 process.start()

@@ -2,7 +2,8 @@
 
 Tensors go through Megatron-core's dist_checkpointing in its fully reshardable form, so that any layout, with or without
 sharded optimizer state (`parallel.zero1`), loads what any other saved. Everything else is JSON in the manifest: the
-run's state, and Adam's step count, the only number of the optimizer that its config does not give back.
+run's state, and Adam's step count, the only number of the optimizer that its config does not give back; and that config
+lies beside it as YAML, so that a checkpoint says by itself what model it is.
 
 Every function with a model in it is collective: all ranks call it, with the same arguments, and all raise or none.
 """
@@ -12,7 +13,8 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +32,10 @@ from torch.distributed.checkpoint import CheckpointException
 
 from perilune.pretrain import checkpoint_files as files
 from perilune.pretrain import checkpoint_shards as shards
+from perilune.pretrain import config as configs
 from perilune.pretrain.checkpoint_files import CheckpointError, SaveError, latest, verify
 from perilune.pretrain.model import Model
+from perilune.pretrain.schema import Config
 
 __all__ = ["CheckpointError", "SaveError", "init_from", "latest", "load", "save", "verify"]
 
@@ -154,7 +158,8 @@ def _optimizer_state(optimizer: Any, model_state: dict[str, Any], is_loading: bo
     state = {}
     for index, one in enumerate(_optimizers(optimizer)):
         if _is_distributed(one):
-            part = {"param_state": one.sharded_param_state_fully_reshardable(model_state, is_loading, {})}
+            with _padding_counted(one):
+                part = {"param_state": one.sharded_param_state_fully_reshardable(model_state, is_loading, {})}
             for tensors in part["param_state"].values():
                 weight = weights[tensors["param"].key.removeprefix(_MASTER)]
                 if weight.dtype is torch.float32:
@@ -165,6 +170,25 @@ def _optimizer_state(optimizer: Any, model_state: dict[str, Any], is_loading: bo
                 master.key = master.key.replace(_PLAIN_MASTER, _MASTER, 1)
         state[index] = part
     return state
+
+
+@contextmanager
+def _padding_counted(one: Any) -> Iterator[None]:
+    """Let the distributed optimizer find its tensors where several buckets make a buffer.
+
+    Megatron-core 0.19.2 gathers each bucket without the padding at its end, but cuts by offsets that count it: what
+    lies behind the first padded bucket is saved shifted (an MTP stage's embedding, say), with no more than a warning.
+    """
+    kept = [(part, part.numel_unpadded) for buffer in one.buffers for part in (buffer, *buffer.buckets)]
+    for buffer in one.buffers:
+        buffer.numel_unpadded = buffer.numel
+        for bucket in buffer.buckets:
+            bucket.numel_unpadded = bucket.grad_data.numel()
+    try:
+        yield
+    finally:
+        for part, size in kept:
+            part.numel_unpadded = size
 
 
 def _is_distributed(one: Any) -> bool:
@@ -214,12 +238,22 @@ def _layout(model: Model) -> dict[str, Any]:
 # --- save ---------------------------------------------------------------------------------------------------------
 
 
-def save(folder: Path, step: int, model: Model, optimizer: Any | None, run_state: dict[str, Any], *, keep: int) -> Path:
+def save(
+    folder: Path,
+    step: int,
+    model: Model,
+    optimizer: Any | None,
+    run_state: dict[str, Any],
+    *,
+    config: Config,
+    keep: int,
+) -> Path:
     """Write `folder/step_XXXXXXXX` and keep the newest `keep` (0: all). Returns its path. Collective.
 
-    `run_state` is JSON and equal on all ranks. `optimizer` None saves weights alone. A good checkpoint of this step
-    and run state that is there already stays and is returned. Raises SaveError on every rank if any rank cannot write,
-    with what was committed before untouched; TypeError or ValueError for state that cannot be kept exactly.
+    `run_state` is JSON and equal on all ranks; `config` is the run's. `optimizer` None saves weights alone. A good
+    checkpoint of this step and run state that is there already stays and is returned. Raises SaveError on every rank if
+    any rank cannot write, with what was committed before untouched; TypeError or ValueError for state that cannot be
+    kept exactly.
     """
     run_state = _everywhere(lambda: files.json_only(run_state), TypeError, f"saving step {step}")
     if len({files.digest_of(state) for state in _gathered(run_state)}) != 1:
@@ -236,6 +270,7 @@ def save(folder: Path, step: int, model: Model, optimizer: Any | None, run_state
             adam_step = _adam_step(optimizer)
         tensors, _ = extract_matching_values(state, _is_sharded)
         _everywhere(lambda: shards.write(tensors, temporary), SaveError, doing)
+        _on_first(lambda: files.write_config(temporary, configs.to_yaml(config)), SaveError, doing)
         body = {
             "step": step,
             "run_state": run_state,
@@ -292,7 +327,8 @@ def load(path: Path, model: Model, optimizer: Any | None) -> dict[str, Any]:
         raise CheckpointError(f"{path} holds weights only: start from it with --init-from, it cannot be resumed")
     state = _fill(path, metadata, model, optimizer, exact=True)
     if optimizer is not None:
-        _load_optimizer(optimizer, state["optimizer"], manifest["optimizer_step"])
+        # Merging drops what is empty, as the state of a pipeline stage that holds nothing.
+        _load_optimizer(optimizer, state.get("optimizer", {}), manifest["optimizer_step"])
     return manifest["run_state"]
 
 
@@ -337,7 +373,7 @@ def _fill(path: Path, metadata: Any, model: Model, optimizer: Any | None, exact:
     loaded = _everywhere(lambda: shards.read(tensors, path, metadata), CheckpointError, f"loading {path}")
     state = apply_factory_merges(merge(plain, loaded), factories)
     for index, chunk in enumerate(model.bare()):
-        missing, unexpected = chunk.load_state_dict(state[f"model{index}"], strict=False)
+        missing, unexpected = chunk.load_state_dict(state.get(f"model{index}", {}), strict=False)
         missing = [key for key in missing if not key.endswith("_extra_state")]
         if missing or unexpected:
             raise RuntimeError(f"Megatron-core's sharded state and its modules disagree: {missing}, {unexpected}")

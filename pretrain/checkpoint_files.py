@@ -4,6 +4,7 @@
       latest                      one line, the newest folder's name: for people and scripts, nothing here trusts it
       step_00001000/              there if and only if complete: it got this name by a rename, after the last fsync
         manifest.json             step, run state, versions, layout, and size and SHA-256 of every other file
+        config.yaml               the run's configuration: whose tensors these are, wherever the folder is moved
         .metadata, __R_0.distcp   torch's distributed checkpoint (pretrain/checkpoint_shards.py)
       .step_00001000.XXXXXXXX/    a save that is under way, or was when its process died: the next save removes it
 
@@ -26,7 +27,7 @@ from typing import Any
 from perilune.pretrain.errors import InputError
 
 FORMAT = 1
-MANIFEST = "manifest.json"
+MANIFEST, CONFIG = "manifest.json", "config.yaml"
 LATEST = "latest"
 _NAME = re.compile(r"step_(\d{8,})")
 log = logging.getLogger(__name__)
@@ -44,6 +45,11 @@ class SaveError(OSError):
 def folder_name(step: int) -> str:
     """`step_00001000` for step 1000; sorts by step up to 10^8 steps, and `committed` beyond."""
     return f"step_{step:08d}"
+
+
+def step_of(path: Path) -> int:
+    """The step in the name of a committed checkpoint."""
+    return int(path.name.rpartition("_")[2])
 
 
 def committed(folder: Path) -> list[Path]:
@@ -87,18 +93,21 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of the checkpoint `path`, itself checked. Raises CheckpointError."""
     file = path / MANIFEST
     if not file.is_file():
-        inside = latest(path)
+        inside = latest(path) or latest(path / "checkpoints")
         hint = f"; did you mean {inside}?" if inside else ": not a complete checkpoint of perilune"
+        if (path / "config.json").is_file():
+            hint += "; of a Hugging Face folder `perilune import` makes one"
         raise CheckpointError(f"{path} has no {MANIFEST}{hint}")
     try:
         manifest = json.loads(file.read_bytes())
-        digest = manifest.pop("sha256")
         version = manifest["format"]
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{file} is damaged: {type(error).__name__}: {error}. {_remedy(path)}") from error
+    if isinstance(version, str):  # packed datasets have a file of this name too
+        raise CheckpointError(f"{path} is no checkpoint: its {MANIFEST} is of the format {version}")
     if version != FORMAT:
         raise CheckpointError(f"{file} is of format {version}; this perilune reads {FORMAT}. Use the one that wrote it")
-    if digest != digest_of(manifest):
+    if manifest.pop("sha256", None) != digest_of(manifest):
         raise CheckpointError(f"{file} is damaged: its content does not have the SHA-256 it states. {_remedy(path)}")
     for name in manifest["files"]:
         if name != os.path.basename(name) or name in ("", ".", "..", MANIFEST):
@@ -115,6 +124,11 @@ def write_manifest(temporary: Path, body: dict[str, Any]) -> None:
     manifest = {"format": FORMAT, **body}
     text = json.dumps({**manifest, "sha256": digest_of(manifest)}, indent=1, allow_nan=False)
     _write_synced(temporary / MANIFEST, text + "\n")
+
+
+def write_config(temporary: Path, text: str) -> None:
+    """The configuration, as YAML; before the manifest, which holds its hash."""
+    _write_synced(temporary / CONFIG, text)
 
 
 # --- hashes -------------------------------------------------------------------------------------------------------

@@ -146,11 +146,37 @@ def tokenizer_train(out: Path, vocab_size: int, sources: tuple[str, ...]) -> Non
     help="Part of the documents held out for validation; demo:stdlib has its own held-out files.",
 )
 @click.option(
-    "--shuffle-seed",
+    "--shuffle",
+    "shuffle_seed",
     type=int,
     metavar="SEED",
     help="Shuffle rows within a buffer, by this seed; without it, in the sources' order.",
 )
+@click.option(
+    "--buffer-tokens",
+    type=click.IntRange(min=0),
+    metavar="N",
+    default=1 << 25,
+    show_default=True,
+    help="Tokens arranged into rows at once; 0 for all of them, at 0.5 kB of memory a document.",
+)
+@click.option(
+    "--fim-rate",
+    type=click.FloatRange(0.0, 1.0, max_open=True),
+    metavar="PART",
+    default=0.0,
+    show_default=True,
+    help="Part of the text documents rearranged as prefix, suffix, middle (DeepSeek-V3: 0.1); never held-out ones.",
+)
+@click.option(
+    "--patch-limit",
+    type=click.IntRange(min=4),
+    metavar="N",
+    default=4096,
+    show_default=True,
+    help="Patches of an image, above which it is scaled down.",
+)
+@click.option("--max-patches", type=click.IntRange(min=4), metavar="N", help="Image patches a row holds at most.")
 @click.option(
     "--rows-per-shard",
     type=click.IntRange(min=1),
@@ -159,43 +185,73 @@ def tokenizer_train(out: Path, vocab_size: int, sources: tuple[str, ...]) -> Non
     show_default=True,
     help="Rows a tar file.",
 )
+@click.option(
+    "--workers", type=click.IntRange(min=1), metavar="N", help="Processes that encode and write; all cores if not said."
+)
 @click.argument("sources", metavar="SRC...", nargs=-1, required=True)
-def pack(
-    out: Path,
-    tokenizer: Path,
-    seq_len: int,
-    valid_fraction: float,
-    shuffle_seed: int | None,
-    rows_per_shard: int,
-    sources: tuple[str, ...],
-) -> None:
+def pack(out: Path, tokenizer: Path, seq_len: int, sources: tuple[str, ...], **options: Any) -> None:
     """Turn SRC into rows of exactly --seq-len tokens, in WebDataset tar shards.
 
+    SRC is a file, a folder or a glob, here or behind fsspec (s3://, gs://, https://): text (.txt .md .py),
+    .jsonl[.gz|.zst], .parquet, WebDataset .tar of image-text pairs or interleaved documents, a Megatron dataset
+    (.idx beside .bin); or demo:stdlib.
+
     Documents are cut to fill a row, never padded, and the rows remember where each one begins. Where a part is held out
-    the folder holds `train` and `valid`, and a run that is given `train` finds `valid` beside it.
+    the folder holds `train` and `valid`, and a run that is given `train` finds `valid` beside it. The same command
+    again continues a run that was cut short; what it writes does not depend on --workers.
 
     \b
     Examples:
       perilune pack --out packed --tokenizer tok --seq-len 512 demo:stdlib
       perilune pack --out packed --tokenizer tok --seq-len 4096 --valid-fraction 0.01 'corpus/*.parquet'
+      perilune pack --out packed --tokenizer tok --seq-len 8192 --max-patches 16384 s3://bucket/pairs/
     """
     from perilune.pretrain.data.pack import pack as run
+    from perilune.pretrain.data.pack_report import lines
 
-    done = run(
-        list(sources),
-        out,
-        tokenizer,
-        seq_len,
-        valid_fraction=valid_fraction,
-        shuffle_seed=shuffle_seed,
-        rows_per_shard=rows_per_shard,
-    )
+    done = run(list(sources), out, tokenizer, seq_len, **options)
     for name, part in done.items():
-        how = "already there" if part["already_there"] else f"{part['seconds']:.1f} s"
-        click.echo(
-            f"{name}: {part['rows']:,} rows, {part['tokens']:,} tokens, {part['documents']:,} documents, "
-            f"{part['raw_bytes']:,} bytes ({how}): {part['path']}"
-        )
+        for line in lines(name, part):
+            click.echo(line)
+
+
+@main.command(short_help="What a packed dataset holds; --verify reads all of it.")
+@click.argument("path", metavar="DIR")
+@click.option("--verify", "check", is_flag=True, help="Hash and check every byte; exit code 1 on any damage.")
+@click.option("--sample", type=click.IntRange(min=0), metavar="I", help="Show row I, decoded, document by document.")
+@click.option("--tokenizer", type=FOLDER_THERE, help="Tokenizer's folder.  [default: the one that the dataset names]")
+@click.option("--html", is_flag=True, help="Also write all of it as one page that needs no network.")
+@click.option(
+    "--out", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="[default: DIR/inspect.html]"
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of tables.")
+@click.pass_context
+def inspect(
+    ctx: click.Context,
+    path: str,
+    check: bool,
+    sample: int | None,
+    tokenizer: Path | None,
+    html: bool,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    """Tell what the packed dataset in DIR holds: statistics, mixture, lengths of documents.
+
+    --verify reads every shard: its SHA-256, the CRC-32 of every sample, and whether each row keeps the promises of the
+    format. It names all damage by shard, sample and byte.
+
+    \b
+    Examples:
+      perilune inspect packed/train
+      perilune inspect packed/train --verify
+      perilune inspect packed/train --sample 12 --html --out row.html
+    """
+    from perilune.pretrain.data.inspect_command import inspect_command
+
+    ctx.exit(
+        inspect_command(path, check=check, sample=sample, tokenizer=tokenizer, html=html, out=out, as_json=as_json)
+    )
 
 
 @main.command(cls=_PresetCommand, short_help="Train a preset, or go on with a run.")
@@ -407,6 +463,58 @@ def generate(
             source, prompts, max_new_tokens, temperature, top_p, seed, tokenizer=tokenizer, as_json=as_json
         )
     )
+
+
+@main.command(cls=_PresetCommand, short_help="Memory and time of every recomputation policy, measured here.")
+@click.option("--json", "as_json", is_flag=True, help="A JSON list instead of a table.")
+@click.argument("preset", metavar="PRESET")
+@click.argument("overrides", metavar="[key=value ...]", nargs=-1)
+@click.pass_context
+def recompute(ctx: click.Context, preset: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Measure what each policy of activation recomputation (gradient checkpointing) saves and costs.
+
+    One forward and backward of a micro-batch in one process, for no recomputation, each module alone, those that
+    DeepSeek-V3 recomputes, and full. Gradients are compared with those without: exit code 1 if a policy changes them.
+
+    \b
+    Examples:
+      perilune recompute tiny
+      perilune recompute proxy_100m model.num_layers=4 data.seq_len=1024 precision.compute=fp32
+    """
+    from perilune.pretrain.plan.recompute import recompute_command
+
+    ctx.exit(recompute_command(preset, overrides, as_json))
+
+
+@main.command(short_help="Prove on this machine that every layout gives one loss and one gradient.")
+@click.option(
+    "--max-procs",
+    type=click.IntRange(min=1, max=8),
+    default=8,
+    show_default=True,
+    metavar="N",
+    help="Leave out layouts of more processes; they may be more than the cores.",
+)
+@click.option("--out", type=FOLDER, default=Path("parity"), show_default=True, help="Folder for the pages.")
+@click.option("--only", metavar="WORDS", help="Only layouts whose name has all these words, as in 'tp2 cp2'.")
+@click.option("--dry-run", is_flag=True, help="List the layouts.")
+@click.pass_context
+def parity(ctx: click.Context, max_procs: int, out: Path, only: str | None, dry_run: bool) -> None:
+    """Train a small model in every layout, and compare each with one process.
+
+    Losses, expert counts, router biases, every gradient and every weight's update after three steps, in fp32, from the
+    same weights on the same packed batch. Writes parity.html, parity.md and parity.json; exit code 1 if any layout
+    is out of tolerance. All of it takes about half an hour on two cores.
+
+    \b
+    Examples:
+      perilune parity --max-procs 2
+      perilune parity --only 'tp2 pp2'
+      perilune parity --dry-run
+    """
+    from perilune.pretrain.parity.command import parity_command
+
+    ctx.exit(parity_command(max_procs, out, only, dry_run))
 
 
 @main.command(short_help="All of it once, small.")

@@ -38,7 +38,12 @@ ALLOWED_ON_RESUME = (
     "train.threads",
     "valid.*",
     "parallel.*",
+    "data.on_damage",
+    "data.quarantine_limit",
     "data.workers",
+    "data.timeout_s",
+    "data.retry_s",
+    "data.cache_*",
     "recompute.*",
 )
 """Keys and patterns that a resumed run may change: how long, how it is spread, what is logged; not what is computed."""
@@ -266,11 +271,22 @@ def _checked(
         sequence = any(get_origin(t) is tuple for t in _alternatives(keys()[key]))
         try:
             checked[key] = _adapter(key).validate_python(
-                tuple(value) if sequence and isinstance(value, list) else value, strict=True
+                tuple(value) if sequence and isinstance(value, list) else _whole_number_keys(value), strict=True
             )
         except ValidationError:
             raise _wrong_type(key, value, (written or {}).get(key, repr(value)), source) from None
     return checked
+
+
+def _whole_number_keys(value: Any) -> Any:
+    """JSON knows keys of text only: those of a mapping inside a mapping (a schedule's tokens) are numbers again."""
+    if not isinstance(value, dict):
+        return value
+    inner = {name: below for name, below in value.items() if isinstance(below, dict)}
+    return value | {
+        name: {int(k) if isinstance(k, str) and re.fullmatch("[0-9]{1,18}", k) else k: v for k, v in below.items()}
+        for name, below in inner.items()
+    }
 
 
 @cache
@@ -286,19 +302,26 @@ def _wrong_type(key: str, value: Any, shown: str, source: str) -> InputError:
     return InputError(message)
 
 
+def _plural(hint: Any) -> str:
+    words = {int: "whole numbers", float: "numbers", bool: "true or false", str: "texts"}
+    return " or ".join(
+        words[t] if t in words else f"mappings of {_plural(get_args(t)[0])} to {_plural(get_args(t)[1])}"
+        for t in _alternatives(hint)
+    )
+
+
 def _in_words(hint: Any) -> str:
     """An annotation as a user reads it: 'a whole number or null'."""
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    plural = {int: "whole numbers", float: "numbers", bool: "true or false", str: "texts"}
     parts = []
     for t in _alternatives(hint):
         args = get_args(t)
         if get_origin(t) is Literal:
             parts.append("one of " + ", ".join(map(str, args)))
         elif get_origin(t) is tuple:
-            parts.append(f"a list of {plural[args[0]]}, as in [a, b]")
+            parts.append(f"a list of {_plural(args[0])}, as in [a, b]")
         elif get_origin(t) is dict:
-            parts.append(f"a mapping of {plural[args[0]]} to {plural[args[1]]}, as in {{a: 1, b: 2}}")
+            parts.append(f"a mapping of {_plural(args[0])} to {_plural(args[1])}, as in {{a: 1, b: 2}}")
         else:
             parts.append(words[t])
     return " or ".join([*parts, *(["null"] if _takes_none(hint) else [])])
@@ -337,6 +360,15 @@ for _class in (_Loader, _Dumper):
     for _tag, _pattern, _first in _SCALARS:
         _first_characters = [*_first.replace("\0", ""), *([""] if "\0" in _first else [])]
         _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first_characters)
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    """Line breaks that are Unicode's, not ASCII's, are only kept where they stand escaped, between double quotes."""
+    style = '"' if set(text) & set("\x85\u2028\u2029") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
 
 
 def _read_yaml(path: Path) -> Any:

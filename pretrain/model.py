@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,21 +16,20 @@ from perilune.moe.router import Router, StepScale
 from perilune.parallel import mesh as meshes
 from perilune.parallel import precision
 from perilune.parallel.mesh import Mesh
-from perilune.pretrain.rules import mesh_of as mesh_of
+from perilune.pretrain.plan.stages import layout_of
 from perilune.pretrain.schema import Config
 
 
 def backbone_config(config: Config, mesh: Mesh) -> backbone.BackboneConfig:
     """The part of a run's config that shapes the decoder."""
-    granularity = config.recompute.granularity
     return backbone.BackboneConfig(
         model=config.model,
         mesh=mesh,
         dtype=precision.dtype(config.precision.compute),
         dispatcher=config.parallel.dispatcher,
         fp8=config.precision.fp8,
-        layout=config.parallel.layout,
-        recompute_granularity=None if granularity == "none" else granularity,
+        layout=layout_of(config.model, config.parallel),
+        recompute_granularity=config.recompute.granularity,
         recompute_modules=config.recompute.modules,
     )
 
@@ -92,6 +92,8 @@ def build(config: Config, mesh: Mesh) -> Model:
         check_for_nan_in_grad=False,  # a bad gradient skips the step on every rank (pretrain/step.py), not one process
         bucket_size=None,
     )
+    # It would say at every start that it computes the layout of its buffers itself.
+    logging.getLogger("megatron.core.distributed.distributed_data_parallel").setLevel(logging.ERROR)
     chunks = [
         DistributedDataParallel(parts[0].config, ddp, part, disable_bucketing=index > 0)
         for index, part in enumerate(parts)

@@ -6,7 +6,8 @@ import importlib.util
 import math
 from functools import partial
 
-from perilune.parallel.mesh import LayoutError, Mesh
+from perilune.parallel import recompute
+from perilune.parallel.mesh import FLEX_BACKENDS, LayoutError, Mesh
 from perilune.pretrain.errors import InputError
 from perilune.pretrain.plan.stages import stages_of
 from perilune.pretrain.schema import Config
@@ -23,7 +24,7 @@ def check(config: Config, world: int) -> None:
 
 def check_machine(config: Config, gpus: int) -> None:
     """Raise InputError for what this machine, with `gpus` GPUs, lacks to run `config`."""
-    fp8, p = config.precision.fp8, config.parallel
+    fp8 = config.precision.fp8
     if fp8 != "off" and not gpus:
         raise InputError(f"precision.fp8={fp8} needs a GPU, and there is none here; use precision.fp8=off")
     if fp8 != "off" and importlib.util.find_spec("transformer_engine_torch") is None:
@@ -31,9 +32,11 @@ def check_machine(config: Config, gpus: int) -> None:
             f"precision.fp8={fp8} needs Transformer Engine: pip install --no-build-isolation -e '.[gpu]', or use "
             "precision.fp8=off"
         )
-    if p.etp > 1 and p.ep > 1 and not gpus:
+    dispatcher = config.parallel.dispatcher
+    if dispatcher in FLEX_BACKENDS and not (gpus and importlib.util.find_spec("deep_ep") is not None):
         raise InputError(
-            f"parallel.ep={p.ep} with parallel.etp={p.etp} needs uneven all-gathers, which gloo lacks; set one to 1"
+            f"parallel.dispatcher={dispatcher} needs a GPU ({gpus} here) and deep_ep, built from its source "
+            "(github.com/deepseek-ai/DeepEP); use parallel.dispatcher=alltoall"
         )
 
 
@@ -60,16 +63,11 @@ def _not_built(config: Config) -> list[str]:
         problems.append(f"precision.fp8={precision.fp8} needs precision.compute=bf16, not {precision.compute}")
     if config.optim.name != "adamw":
         problems.append(f"optim.name={config.optim.name} is not built yet; use optim.name=adamw")
-    if p.cp > 1:
-        problems.append(f"parallel.cp={p.cp} is not built yet; use parallel.cp=1")
-    if p.dispatcher == "flex":
-        problems.append("parallel.dispatcher=flex is not built yet; use alltoall or allgather")
-    if config.recompute.granularity != "none":
-        problems.append(f"recompute.granularity={config.recompute.granularity} is not built yet; use none")
-    if config.recompute.modules:
-        problems.append(f"recompute.modules={list(config.recompute.modules)} is not built yet; leave it empty")
-    if config.data.on_damage != "stop":
-        problems.append(f"data.on_damage={config.data.on_damage} is not built yet; use stop")
+    if p.dispatcher in FLEX_BACKENDS and p.ep * p.etp == 1:
+        problems.append(
+            f"parallel.dispatcher={p.dispatcher} sends tokens between expert-parallel ranks, and parallel.ep*etp = 1; "
+            "use alltoall"
+        )
     if config.model.tie_word_embeddings:
         problems.append("model.tie_word_embeddings=true is not built; DeepSeek-V3 unties them: set it to false")
     if not config.model.norm_topk_prob:
@@ -90,6 +88,7 @@ def _batch(config: Config) -> list[str]:
         "valid.every": (config.valid.every, 0),
         "valid.steps": (config.valid.steps, 0),
         "data.workers": (config.data.workers, 0),
+        "data.quarantine_limit": (config.data.quarantine_limit, 0),
         "data.seq_len": (config.data.seq_len, 2),
     }
     problems = [f"{key}={value} must be at least {least}" for key, (value, least) in counts.items() if value < least]
@@ -101,6 +100,9 @@ def _batch(config: Config) -> list[str]:
         "optim.eps": (o.eps, 0, 1),
         "optim.weight_decay": (o.weight_decay, 0, 1e3),
         "optim.clip": (o.clip, 0, math.inf),
+        "data.timeout_s": (config.data.timeout_s, 0.01, math.inf),
+        "data.retry_s": (config.data.retry_s, 0, math.inf),
+        "data.cache_gib": (config.data.cache_gib, 0, math.inf),
         "model.init_std": (config.model.init_std, 0, 1e3),
         "model.seq_aux_loss_alpha": (config.model.seq_aux_loss_alpha, 0, math.inf),
         "schedule.warmup_tokens": (s.warmup_tokens, 0, math.inf),
@@ -178,18 +180,29 @@ def _model(config: Config) -> list[str]:
 
 def _layout(config: Config, mesh: Mesh) -> list[str]:
     m, p = config.model, config.parallel
-    stages = stages_of(m, p)  # raises InputError where layers and stages do not fit
+    stages_of(m, p)  # raises InputError where layers and stages do not fit
     problems = []
-    if any(stage.mtp and not stage.loss for stage in stages):
-        problems.append(
-            f"parallel.layout={p.layout!r} has MTP on a stage without the loss: Megatron-core 0.19 then reduces the "
-            "gradients of embedding and head wrongly, or hangs; put m beside L, as in Ett|tmL"
-        )
-    if p.vpp > 1 and config.train.global_batch_size // (mesh.dp * config.train.micro_batch_size) % p.pp:
+    if wrong := recompute.problem(config.recompute.granularity, config.recompute.modules):
+        problems.append(wrong)
+    lacks = {
+        "moe": ("n_routed_experts", m.n_routed_experts),
+        "moe_act": ("n_routed_experts", m.n_routed_experts),
+        "shared_experts": ("n_shared_experts", m.n_routed_experts and m.n_shared_experts),
+        "mlp": ("first_k_dense_replace", m.first_k_dense_replace),
+        "mtp": ("num_nextn_predict_layers", m.num_nextn_predict_layers),
+    }
+    for name in config.recompute.modules:
+        if name in lacks and not lacks[name][1]:
+            problems.append(
+                f"recompute.modules names {name}, which the model lacks (model.{lacks[name][0]}=0); leave it out"
+            )
+    per_pass = mesh.dp * config.train.micro_batch_size * p.pp
+    if p.vpp > 1 and config.train.global_batch_size % per_pass:
         problems.append(
             f"parallel.vpp={p.vpp} needs a number of micro-batches that is a multiple of parallel.pp={p.pp}: it is "
             f"train.global_batch_size={config.train.global_batch_size} / ({mesh.dp} data-parallel ranks x "
-            f"train.micro_batch_size={config.train.micro_batch_size})"
+            f"train.micro_batch_size={config.train.micro_batch_size}); batches near it that fit are "
+            + " and ".join(str(n) for n in _multiples_near(config.train.global_batch_size, per_pass))
         )
     shared = m.n_shared_experts * m.moe_intermediate_size
     for axis, degree, sizes in (
@@ -209,21 +222,38 @@ def _layout(config: Config, mesh: Mesh) -> list[str]:
         ("etp", p.etp, {"moe_intermediate_size": m.moe_intermediate_size}),
         ("ep", p.ep, {"n_routed_experts": m.n_routed_experts}),
     ):
+        fits = [n for n in range(1, 2 * degree) if not any(size % n for size in sizes.values())]
         for name, size in sizes.items():
-            if degree > 1 and size % degree:
-                problems.append(f"model.{name}={size} does not divide by parallel.{axis}={degree}")
+            if size % degree:
+                problems.append(
+                    f"model.{name}={size} does not divide by parallel.{axis}={degree}; of the degrees near it "
+                    f"{fits[-3:]} divide all that {axis} splits"
+                )
     if p.ep > 1 and not m.n_routed_experts:
         problems.append(f"parallel.ep={p.ep} needs experts, and model.n_routed_experts=0; use parallel.ep=1")
-    tokens = config.train.micro_batch_size * config.data.seq_len
+    S = config.data.seq_len
+    if p.cp > 1 and S % (2 * p.cp):
+        problems.append(
+            f"parallel.cp={p.cp} cuts each row into 2 x {p.cp} equal chunks, and data.seq_len={S} does not divide; "
+            "near it are " + " and ".join(str(n) for n in _multiples_near(S, 2 * p.cp))
+        )
+    tokens = config.train.micro_batch_size * S // p.cp
     if p.tp > 1 and tokens % p.tp:
         problems.append(
-            f"sequence parallel splits train.micro_batch_size*data.seq_len = {tokens} tokens over parallel.tp={p.tp}, "
-            "which does not divide them"
+            f"sequence parallel splits train.micro_batch_size*data.seq_len/cp = {config.train.micro_batch_size}*{S}/"
+            f"{p.cp} = {tokens} tokens over parallel.tp={p.tp}, which does not divide them; of the degrees near it "
+            f"{[n for n in range(1, 2 * p.tp) if tokens % n == 0][-3:]} do"
         )
     at_once = mesh.dp * config.train.micro_batch_size
     if config.train.global_batch_size % at_once:
         problems.append(
             f"train.global_batch_size={config.train.global_batch_size} rows does not divide by {mesh.dp} data-parallel "
-            f"ranks x train.micro_batch_size={config.train.micro_batch_size} = {at_once} ({mesh.describe()})"
+            f"ranks x train.micro_batch_size={config.train.micro_batch_size} = {at_once} ({mesh.describe()}); near it"
+            " are " + " and ".join(str(n) for n in _multiples_near(config.train.global_batch_size, at_once))
         )
     return problems
+
+
+def _multiples_near(number: int, of: int) -> list[int]:
+    """The multiples of `of` below and above `number`, from `of` on."""
+    return sorted({max(of, number // of * of), (number // of + 1) * of})

@@ -14,7 +14,9 @@ from perilune.parallel import mesh as meshes
 from perilune.parallel import precision
 from perilune.pretrain import checkpoint, model, optimizer, rules
 from perilune.pretrain.data.batch import PackedBatch
-from perilune.pretrain.data.stream import DataState, Stream, open_stream, valid_batches
+from perilune.pretrain.data.dealing import cost_model
+from perilune.pretrain.data.quarantine import over_all_ranks
+from perilune.pretrain.data.stream import DataState, Stream, open_stream, remote_of, valid_batches
 from perilune.pretrain.errors import Preempted
 from perilune.pretrain.meter import Meter
 from perilune.pretrain.metrics import RunLog
@@ -37,9 +39,9 @@ def run(config: Config, run_dir: Path, world: int, *, init_from: Path | None = N
     meshes.start(mesh)
     net = model.build(config, mesh)
     optim = optimizer.build(config, net)
-    stream = open_stream(
-        config.data, config.train.seed, depth=config.model.num_nextn_predict_layers, vocab_size=config.model.vocab_size
-    )
+    depth, vocab_size = config.model.num_nextn_predict_layers, config.model.vocab_size
+    stream = open_stream(config.data, config.train.seed, depth=depth, vocab_size=vocab_size,
+                         cost=cost_model(config.model), agree=over_all_ranks)  # fmt: skip
     step, state = _position(run_dir, net, optim, stream, init_from)
     plan = Timetable(config, mesh.dp)
     meter = Meter(config, world)
@@ -60,18 +62,18 @@ def run(config: Config, run_dir: Path, world: int, *, init_from: Path | None = N
         while step < plan.total_steps:
             meter.start()
             todo = plan.at(state.tokens)
-            batches = stream.micro_batches(
-                state, todo.rows, parallel_state.get_data_parallel_rank(), mesh.dp, config.train.micro_batch_size
-            )
+            rank, known = parallel_state.get_data_parallel_rank(), len(state.quarantine)
+            batches, state = stream.read(state, todo.rows, rank, mesh.dp, config.train.micro_batch_size, plan.rows)
+            for found in state.quarantine[known:]:
+                log.say(f"  damaged: {found['reason']} Row {found['replaced_by']} of the dataset takes its place")
             meter.data_ready()
             with explain_out_of_memory(run_dir, net.bare(), optim):
                 result = train_step(net, optim, batches, next_token, todo, clip=config.optim.clip, stop=stop.asked)
             step, state = step + 1, stream.advance(state, todo.rows)
             figures = meter.figures(todo)
-
             if config.valid.every and (step % config.valid.every == 0 or step == plan.total_steps):
                 log.validated(*_validate(config, net, stream, mesh.dp))
-            log.step(step, state.tokens, result, figures)
+            log.step(step, state.tokens, result, figures | {"quarantined": len(state.quarantine)})
             bad_in_a_row = bad_in_a_row + 1 if result.skipped else 0
             if result.skipped:
                 log.say(f"  not finite, nothing changed; the global batch's rows: {_all_rows(batches)}")
@@ -87,7 +89,7 @@ def run(config: Config, run_dir: Path, world: int, *, init_from: Path | None = N
             every = config.train.save_every
             if step == plan.total_steps or result.stop or (every and step % every == 0):
                 at = {"step": step, "data": state.to_dict()}  # after its line in the metrics, so that none can lack
-                checkpoint.save(run_dir / "checkpoints", step, net, optim, at, keep=config.train.keep)
+                checkpoint.save(run_dir / "checkpoints", step, net, optim, at, config=config, keep=config.train.keep)
             if result.stop and step < plan.total_steps:
                 raise Preempted(f"stopped on request after step {step} of {plan.total_steps}, checkpoint written")
     meshes.stop()
@@ -129,6 +131,7 @@ def _validate(config: Config, net: model.Model, stream: Stream, dp: int) -> tupl
         max_rows=config.valid.steps * config.train.global_batch_size,
         vocab_size=config.model.vocab_size,
         tokenizer_fingerprint=stream.tokenizer_fingerprint,
+        remote=remote_of(config.data),
     )
     return evaluate(net, batches, next_token)
 

@@ -80,12 +80,23 @@ class Valid:
 
 @dataclass(frozen=True)
 class Data:
-    path: str | None = None  # a packed dataset's folder
-    blend: dict[str, float] = field(default_factory=dict)  # several: folder -> weight
+    """Datasets are folders, or prefixes of s3://, gs://, https:// or file:// (fsspec).
+
+    A weight of `blend` is a number, or a schedule {tokens consumed: the weight from there on} as in
+    `{web: {0: 0.9, 1000000000: 0.5}, code: 0.1}`; before its first entry it is 0. Weights need not sum to 1.
+    """
+
+    path: str | None = None  # a packed dataset
+    blend: dict[str, float | dict[int, float]] = field(default_factory=dict)  # several: dataset -> weight
     seq_len: int = 256  # tokens a row; equals the packed dataset's
     document_mask: bool = True  # RoPE, attention and MTP stop at document boundaries
-    on_damage: Literal["stop", "quarantine"] = "stop"
-    workers: int = 1  # prefetch threads; 0: read in the training thread
+    on_damage: Literal["stop", "quarantine"] = "stop"  # quarantine: the next whole row of the dataset takes its place
+    quarantine_limit: int = 16  # rows replaced in a run; one more stops it
+    workers: int = 1  # processes that read ahead, each a global batch; 0: read in the training process
+    timeout_s: float = 60.0  # of one request to a remote store
+    retry_s: float = 300.0  # for which requests that fail are repeated, with growing pauses
+    cache_dir: str | None = None  # of rows from remote stores; None: ~/.cache/perilune/rows
+    cache_gib: float = 16.0  # the cache's limit; 0: no cache
 
 
 @dataclass(frozen=True)
@@ -127,7 +138,7 @@ class Parallel:
     etp: int = 1
     cp: int = 1
     layout: str | None = None  # Megatron's pipeline layout string; None: balanced
-    dispatcher: Literal["alltoall", "allgather", "flex"] = "alltoall"
+    dispatcher: Literal["alltoall", "allgather", "flex", "hybridep"] = "alltoall"  # flex: DeepEP
     zero1: bool = True  # optimizer state sharded over data-parallel ranks
 
 

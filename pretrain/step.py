@@ -9,8 +9,9 @@ import math
 import resource
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import batched
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from perilune.moe.backbone import packed_params
+from perilune.parallel import context
 from perilune.parallel import mesh as meshes
 from perilune.pretrain.data.batch import PackedBatch
 from perilune.pretrain.model import Model
@@ -43,13 +45,19 @@ class StepResult:
 
 
 def _forward(iterator: Iterator[PackedBatch], model: Any, objective: Objective, mtp_weight: float) -> tuple[Any, Any]:
-    batch = next(iterator).to(meshes.device())
+    batch, device = next(iterator), meshes.device()
+    cut = None
+    if (size := parallel_state.get_context_parallel_world_size()) > 1:
+        rank = parallel_state.get_context_parallel_rank()
+        cut = context.cut(batch.rows, batch.seq_len, batch.cu_seqlens, rank, size)
+        batch, cut = batch.take(cut.index_Q), cut.to(device)
+    batch = batch.to(device)
     losses = model(
         input_ids=batch.inputs,
         position_ids=batch.positions[None],
         attention_mask=None,
         labels=batch.labels,
-        packed_seq_params=packed_params(batch.cu_seqlens, batch.max_seqlen),
+        packed_seq_params=packed_params(batch.cu_seqlens, batch.max_seqlen, cut),
     )
     return losses, partial(objective, batch=batch, mtp_weight=mtp_weight)
 
@@ -150,7 +158,7 @@ def _tell_routers(model: Model, batches: list[PackedBatch]) -> int:
     )
     dist.all_reduce(count, group=parallel_state.get_data_parallel_group())
     for scale in model.scales():
-        scale.tokens_per_row = batches[0].seq_len
+        scale.tokens_per_row = batches[0].seq_len // parallel_state.get_context_parallel_world_size()
         scale.loss_tokens_per_row = float(count[0] / count[1])
     return int(count[1])
 
@@ -202,12 +210,18 @@ def evaluate(model: Model, batches: Iterator[tuple[PackedBatch, int]], objective
     total = torch.zeros(2, depths, dtype=torch.float64, device=meshes.device())
     bytes_counted = torch.zeros(1, dtype=torch.float64, device=meshes.device())
     model.train(False)
-    for batch, size in batches:
+    # Interleaved stages pass micro-batches on in groups of pp; a short group is filled with what counts nothing.
+    at_once = parallel_state.get_pipeline_model_parallel_world_size() if len(model.chunks) > 1 else 1
+    for group in batched(batches, at_once):
+        micro, size = [batch for batch, _ in group], sum(size for _, size in group)
         for scale in model.scales():
-            scale.tokens_per_row = batch.seq_len
-        outputs = _run_schedule(model, [batch], objective, 0.0, forward_only=True)
+            scale.tokens_per_row = micro[0].seq_len // parallel_state.get_context_parallel_world_size()
+        blank = replace(micro[0], loss_mask=torch.zeros_like(micro[0].loss_mask))
+        micro += [blank] * (at_once - len(micro))
+        outputs = _run_schedule(model, micro, objective, 0.0, forward_only=True)
         total += _loss_sums(outputs, depths)
-        if parallel_state.get_tensor_model_parallel_rank() == 0 and parallel_state.is_pipeline_last_stage():
+        ranks = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_context_parallel_rank()
+        if ranks == (0, 0) and parallel_state.is_pipeline_last_stage():
             bytes_counted += size
     model.train(True)
     message = torch.cat((total[:, 0], bytes_counted))

@@ -23,14 +23,20 @@ class Timetable:
 
     def __init__(self, config: Config, dp: int) -> None:
         self._config = config
-        self._multiple = dp * config.train.micro_batch_size
+        # Interleaved stages pass micro-batches on in groups of pp.
+        at_once = config.parallel.pp if config.parallel.vpp > 1 else 1
+        self._multiple = dp * config.train.micro_batch_size * at_once
         self.total_tokens = schedule.total_tokens(config.train, config.data.seq_len, self._multiple)
         self.total_steps = schedule.total_steps(config.train, config.data.seq_len, self._multiple)
+
+    def rows(self, tokens: int) -> int:
+        """Rows of the step that starts after `tokens` tokens."""
+        return schedule.global_batch_rows(self._config.train, self._config.data.seq_len, tokens, self._multiple)
 
     def at(self, tokens: int) -> StepPlan:
         """The step that starts after `tokens` tokens. The learning rate is that of the step's last token."""
         c, end = self._config, self.total_tokens
-        rows = schedule.global_batch_rows(c.train, c.data.seq_len, tokens, self._multiple)
+        rows = self.rows(tokens)
         return StepPlan(
             rows=rows,
             lr=schedule.learning_rate(c.optim, c.schedule, tokens + rows * c.data.seq_len, end),

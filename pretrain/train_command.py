@@ -11,6 +11,7 @@ from pathlib import Path
 from perilune.launch import local
 from perilune.pretrain import checkpoint_files, rules
 from perilune.pretrain import config as configs
+from perilune.pretrain.data.storage import is_url
 from perilune.pretrain.errors import InputError
 from perilune.pretrain.schema import Config
 
@@ -42,8 +43,8 @@ def train_command(
     if dry_run:  # the plan may be for another machine
         return 0
     rules.check_machine(config, gpus)
-    if init_from is not None and not init_from.is_dir():
-        raise InputError(f"--init-from {init_from}: no such checkpoint folder")
+    if init_from is not None:
+        checkpoint_files.read_manifest(init_from)  # the rest of it is checked where it is loaded
     _check_data(config)
     if int(os.environ.get("RANK", "0")) == 0 or not inside:
         _prepare(config, run_dir)
@@ -66,7 +67,9 @@ def train_command(
 
 def describe(config: Config, world: int, run_dir: Path) -> str:
     """The resolved run as text: config, layout, counts."""
-    from perilune.pretrain.plan.counts import rank_table, table
+    from perilune.pretrain.plan.counts import table
+    from perilune.pretrain.plan.ranks import rank_table
+    from perilune.pretrain.plan.stages import picture
     from perilune.pretrain.timetable import Timetable
 
     mesh = rules.mesh_of(config, world)
@@ -81,6 +84,7 @@ def describe(config: Config, world: int, run_dir: Path) -> str:
             table(config.model, config.data.seq_len),
             "",
             rank_table(config, world),
+            *(["", picture(config.model, config.parallel)] if mesh.pp > 1 else []),
         ]
     )
 
@@ -88,7 +92,7 @@ def describe(config: Config, world: int, run_dir: Path) -> str:
 def _with_valid(config: Config) -> Config:
     """`valid.path` beside `data.path`, where it is not named and is there."""
     if config.valid.path is None and config.data.path is not None:
-        beside = Path(config.data.path).parent / "valid"
+        beside = Path(config.data.path).parent / "valid"  # of a remote dataset it is not there: valid.path names it
         if (beside / "manifest.json").is_file() and beside != Path(config.data.path):
             return dataclasses.replace(config, valid=dataclasses.replace(config.valid, path=str(beside)))
     if config.valid.path is None and config.valid.every and config.data.path is not None:
@@ -104,22 +108,28 @@ def _absolute(config: Config) -> Config:
     data, valid = config.data, config.valid
     data = dataclasses.replace(
         data,
-        path=data.path and str(Path(data.path).resolve()),
-        blend={str(Path(path).resolve()): weight for path, weight in data.blend.items()},
+        path=data.path and _absolute_path(data.path),
+        blend={_absolute_path(path): weight for path, weight in data.blend.items()},
+        cache_dir=data.cache_dir and _absolute_path(data.cache_dir),
     )
-    valid = dataclasses.replace(valid, path=valid.path and str(Path(valid.path).resolve()))
+    valid = dataclasses.replace(valid, path=valid.path and _absolute_path(valid.path))
     return dataclasses.replace(config, data=data, valid=valid)
+
+
+def _absolute_path(path: str) -> str:
+    return path if is_url(path) else str(Path(path).resolve())
 
 
 def _check_data(config: Config) -> None:
     """Open every dataset of the run once, so that one that cannot be used is refused before anything starts."""
-    from perilune.pretrain.data.stream import open_dataset, open_stream
+    from perilune.pretrain.data.stream import open_dataset, open_stream, remote_of
 
     depth, vocabulary = config.model.num_nextn_predict_layers, config.model.vocab_size
-    without_threads = dataclasses.replace(config.data, workers=0)
-    open_stream(without_threads, config.train.seed, depth=depth, vocab_size=vocabulary).close()
+    open_stream(
+        dataclasses.replace(config.data, workers=0), config.train.seed, depth=depth, vocab_size=vocabulary
+    ).close()
     if config.valid.every:
-        open_dataset(str(config.valid.path), config.data.seq_len, vocabulary).close()
+        open_dataset(str(config.valid.path), config.data.seq_len, vocabulary, remote_of(config.data)).close()
 
 
 def _world_of_environment() -> int | None:
@@ -156,8 +166,14 @@ def _processes(config: Config, gpus: int) -> int:
 def _prepare(config: Config, run_dir: Path) -> None:
     """A new run's folder with its config, or a check that this is a run to continue."""
     file = run_dir / "config.yaml"
-    if file.exists() and checkpoint_files.committed(run_dir / "checkpoints"):  # else nothing of it would be continued
+    newest = checkpoint_files.latest(run_dir / "checkpoints")
+    if file.exists() and newest is not None:  # else nothing of it would be continued
         configs.check_resume(configs.load(file), config)
+    if newest is not None and 0 < config.train.steps < (step := checkpoint_files.step_of(newest)):
+        raise InputError(
+            f"train.steps={config.train.steps}, but {run_dir} is at step {step} already: ask for more, or name another "
+            "--run"
+        )
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         configs.save(config, file)

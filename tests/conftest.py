@@ -60,5 +60,5 @@ def perilune(tmp_path: Path) -> Perilune:
 @pytest.fixture(scope="session")
 def workers() -> Iterator[Workers]:
     """Processes kept alive for all tests that compare layouts."""
-    with Workers(4) as pool:
+    with Workers(8) as pool:
         yield pool

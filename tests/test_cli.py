@@ -133,10 +133,11 @@ def test_pack_and_tokenizer_hand_on_every_word(monkeypatch: pytest.MonkeyPatch, 
     part = {"rows": 1234, "tokens": 5, "documents": 6, "raw_bytes": 7, "seconds": 0.5, "already_there": False}
     body = stand_in(monkeypatch, "data.pack", "pack", {"train": {**part, "path": "o/train"}})
     words = ["--out", "o", "--tokenizer", str(tmp_path), "--seq-len", "64", "--valid-fraction", "0.5", "a", "b"]
-    done = CliRunner().invoke(main, ["pack", *words, "--shuffle-seed", "3", "--rows-per-shard", "9"])
+    done = CliRunner().invoke(main, ["pack", *words, "--shuffle", "3", "--rows-per-shard", "9"])
     assert done.exit_code == 0, done.output
     assert body.args == (["a", "b"], Path("o"), tmp_path, 64)
-    assert body.kwargs == {"valid_fraction": 0.5, "shuffle_seed": 3, "rows_per_shard": 9}
+    defaults = {"fim_rate": 0.0, "patch_limit": 4096, "max_patches": None, "workers": None, "buffer_tokens": 1 << 25}
+    assert body.kwargs == {"valid_fraction": 0.5, "shuffle_seed": 3, "rows_per_shard": 9, **defaults}
     assert "train: 1,234 rows" in done.output
     assert "o/train" in done.output
 

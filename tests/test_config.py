@@ -65,6 +65,7 @@ def test_keys_are_the_contract() -> None:
         ("schedule.milestones=[0.5, 1]", (0.5, 1.0)),
         ("recompute.modules=[core_attn, moe]", ("core_attn", "moe")),
         ("data.blend={a: 1.0, 'b c': 2}", {"a": 1.0, "b c": 2.0}),
+        ("data.blend={a: {0: 1, 1000: 0.5}, b: 2}", {"a": {0: 1.0, 1000: 0.5}, "b": 2.0}),
     ],
 )
 def test_a_value_on_the_command_line(word: str, value: Any) -> None:
@@ -99,6 +100,7 @@ def test_a_value_on_the_command_line(word: str, value: Any) -> None:
         ("schedule.milestones=[a]", ["a list of numbers"]),
         ("recompute.modules=core_attn", ["a list of texts"]),
         ("data.blend={1: 2}", ["a mapping of texts to numbers"]),
+        ("data.blend={a: {x: 2}}", ["mappings of whole numbers to numbers"]),
         ("data.blend={a: 1, a: 2}", ["a mapping of texts to numbers"]),
         ("data.blend={a: !!python/object:os.system 1}", ["a mapping of texts to numbers"]),
         ("data.blend=[1", ["a mapping of texts to numbers"]),
@@ -215,7 +217,9 @@ def values_of(hint: Any) -> st.SearchStrategy[Any]:
         str | None: st.none() | TEXTS,
         tuple[float, ...]: st.lists(FLOATS, max_size=4).map(tuple),
         tuple[str, ...]: st.lists(TEXTS, max_size=4).map(tuple),
-        dict[str, float]: st.dictionaries(TEXTS, FLOATS, max_size=4),
+        dict[str, float | dict[int, float]]: st.dictionaries(
+            TEXTS, FLOATS | st.dictionaries(st.integers(0, 10**17), FLOATS, max_size=3), max_size=4
+        ),
     }
     return by_type[hint] if hint in by_type else st.sampled_from(typing.get_args(hint))
 

@@ -16,10 +16,18 @@ from perilune.pretrain.errors import InputError
         (["precision.fp8=emulated"], ["precision.fp8=emulated", "precision.fp8=off"]),
         (["precision.fp8=blockwise"], ["precision.fp8=blockwise", "precision.compute=bf16"]),
         (["optim.name=muon"], ["optim.name=muon", "adamw"]),
-        (["parallel.cp=2"], ["parallel.cp=2", "not built"]),
+        (["parallel.cp=4", "data.seq_len=60"], ["2 x 4", "data.seq_len=60", "56 and 64"]),
         (["parallel.dispatcher=flex"], ["flex", "alltoall"]),
-        (["recompute.granularity=full"], ["recompute.granularity=full", "none"]),
-        (["data.on_damage=quarantine"], ["data.on_damage=quarantine", "stop"]),
+        (["recompute.granularity=full", "recompute.modules=[moe]"], ["granularity=full", "selective"]),
+        (
+            ["recompute.granularity=selective", "recompute.modules=[mtp]", "model.num_nextn_predict_layers=0"],
+            ["names mtp", "num_nextn_predict_layers=0"],
+        ),
+        (["recompute.granularity=selective"], ["recompute.modules", "mla_up_proj"]),
+        (["recompute.granularity=selective", "recompute.modules=[norm]"], ["'norm'", "layernorm"]),
+        (["recompute.granularity=selective", "recompute.modules=[moe, moe_act]"], ["moe_act", "contains"]),
+        (["data.quarantine_limit=-1"], ["data.quarantine_limit=-1", "at least 0"]),
+        (["data.retry_s=-1"], ["data.retry_s=-1"]),
         (["model.tie_word_embeddings=true"], ["tie_word_embeddings"]),
         (["model.norm_topk_prob=false"], ["norm_topk_prob"]),
         (["model.qk_rope_head_dim=7"], ["qk_rope_head_dim=7", "even"]),
@@ -30,12 +38,11 @@ from perilune.pretrain.errors import InputError
         (["model.topk_group=5"], ["topk_group=5", "n_group=4"]),
         (["model.num_experts_per_tok=3"], ["3/2", "multiple of model.topk_group"]),
         (["model.num_experts_per_tok=9"], ["num_experts_per_tok=9", "8"]),
-        (["parallel.tp=2", "model.num_attention_heads=3"], ["num_attention_heads=3", "parallel.tp=2"]),
+        (["parallel.tp=2", "model.num_attention_heads=3"], ["num_attention_heads=3", "tp=2", "[1]"]),
         (["parallel.ep=4", "model.n_routed_experts=6", "model.n_group=1", "model.topk_group=1"], ["=6", "ep=4"]),
-        (["parallel.pp=2"], ["num_layers=3", "parallel.layout"]),
         (["parallel.pp=2", "parallel.layout=Ett|tm|L"], ["Ett|tm|L"]),
         (["parallel.pp=2", "parallel.layout=Etttm|L"], ["MTP", "loss"]),
-        (["train.global_batch_size=6", "train.micro_batch_size=4"], ["train.global_batch_size=6", "= 4"]),
+        (["train.global_batch_size=6", "train.micro_batch_size=4"], ["train.global_batch_size=6", "= 4", "4 and 8"]),
         (["train.micro_batch_size=0"], ["train.micro_batch_size=0", "at least 1"]),
         (["optim.lr=-1"], ["optim.lr=-1.0", "between 0"]),
         (["optim.beta1=1.5"], ["optim.beta1=1.5"]),
@@ -63,7 +70,7 @@ def test_what_cannot_run_is_refused_in_one_sentence(overrides: list[str], words:
         ("demo", 2, []),
         ("proxy_100m", 8, ["parallel.tp=2", "parallel.pp=2", "parallel.ep=2"]),
         ("moonlight_16b_a3b", 8, ["optim.name=adamw"]),
-        ("deepseek_v3", 2048, ["recompute.granularity=none", "recompute.modules=[]"]),
+        ("deepseek_v3", 2048, []),
     ],
 )
 def test_presets_fit(name: str, world: int, overrides: list[str]) -> None:
@@ -76,5 +83,7 @@ def test_this_machine_is_asked_apart_from_the_plan() -> None:
     rules.check(config, 1)
     with pytest.raises(InputError, match="needs a GPU"):
         rules.check_machine(config, gpus=0)
-    with pytest.raises(InputError, match="gloo"):
-        rules.check_machine(configs.resolve("tiny", ["parallel.ep=2", "parallel.etp=2"]), gpus=0)
+    flex = configs.resolve("tiny", ["parallel.ep=2", "parallel.dispatcher=flex"])
+    rules.check(flex, 2)
+    with pytest.raises(InputError, match="deep_ep"):
+        rules.check_machine(flex, gpus=0)

@@ -148,6 +148,7 @@ def test_a_resumed_run_refuses_changed_keys_but_not_its_length(packed: Path, tmp
     run = tmp_path / "run"
     finish(start(packed, run, "train.steps=2"))
     assert "optim.lr (0.003 -> 0.1)" in finish(start(packed, run, "train.steps=2", "optim.lr=0.1"), 2)
+    assert "is at step 2 already: ask for more" in finish(start(packed, run, "train.steps=1"), 2)
     finish(start(packed, run, "train.steps=3"))
     assert [entry["step"] for entry in metrics(run)] == [1, 2, 3]
 

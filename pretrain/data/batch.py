@@ -5,10 +5,12 @@ Legend: T tokens of the micro-batch (rows x seq_len), D the MTP depth, 1+D the p
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+
+from perilune.pretrain.data.shard import RowImage
 
 
 @dataclass
@@ -28,6 +30,7 @@ class PackedBatch:
     rows: int
     seq_len: int
     sample_ids: tuple[str, ...] = ()  # for logs: which rows these are
+    images: tuple[RowImage, ...] = ()  # encoded as they were packed, with their places in [T]
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch on `device`."""
@@ -35,3 +38,13 @@ class PackedBatch:
             k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in vars(self).items()
         }
         return PackedBatch(**moved)
+
+    def take(self, index: torch.Tensor) -> PackedBatch:
+        """The tokens at `index` of every depth; boundaries, `rows` and `seq_len` stay those of the whole pack."""
+        return replace(
+            self,
+            inputs=self.inputs[:, index],
+            labels=self.labels[:, index],
+            loss_mask=self.loss_mask[:, index],
+            positions=self.positions[index],
+        )

@@ -1,10 +1,13 @@
-"""Where text comes from: SRC of the command line -> documents, in one fixed order, each with an id and a split.
+"""Where documents come from: SRC of the command line -> documents, in one fixed order, each with an id and a split.
 
-A SRC is a file, a folder (searched downwards), a glob, or `demo:stdlib`. What a document is, by ending:
+A SRC is a file, a folder (searched downwards), a glob, each on this machine or behind fsspec (s3://, gs://, https://),
+or `demo:stdlib`. What a document is, by ending:
 
     .txt .md .py            the file
     .jsonl[.gz|.zst]        one line: an object with a string `text`
     .parquet                one row: a string column `text`
+    .tar                    one WebDataset sample: an image-text pair or an interleaved document (`source_tar`)
+    .idx, .bin              one document of a Megatron dataset, its tokens as they are (`source_tokens`)
 
 Text is taken as it is, byte for byte: no newline is translated, nothing is normalised. What is not UTF-8 is an error,
 never replaced. No source can make us hold more than MAX_DOCUMENT_BYTES of one document: compressed files are read line
@@ -21,39 +24,47 @@ import json
 import os
 import sysconfig
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO
 
+import numpy as np
+
+from perilune.pretrain.data.source_file import MAX_DOCUMENT_BYTES, SourceFile, Split, describe, open_path, token_file
+from perilune.pretrain.data.source_tar import tar_samples
+from perilune.pretrain.data.source_tokens import token_documents
+from perilune.pretrain.data.storage import is_url
 from perilune.pretrain.errors import InputError
 
-Split = Literal["train", "valid"]
+__all__ = [
+    "DEMO", "PLAIN", "Document", "SourceFile", "Split", "describe", "documents", "find_files", "has_held_out_files",
+    "held_out_bytes", "read_files", "read_placed",
+]  # fmt: skip
 
 PLAIN = (".txt", ".md", ".py")
 LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
-KNOWN = (*PLAIN, *LINES, ".parquet")
+KNOWN = (*PLAIN, *LINES, ".parquet", ".tar", ".idx")
 DEMO = "demo:stdlib"
 DEMO_VALID_FRACTION = 0.05  # of the standard library's files, by the hash of their path
 DEMO_SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
-MAX_DOCUMENT_BYTES = 1 << 28
 MAX_ROW_GROUP_BYTES = 1 << 32  # uncompressed bytes of a Parquet row group's text column
 ZSTD_WINDOW_BYTES = 1 << 27  # what `zstd --long=27` writes; a frame that asks for more is refused
+Part = str | bytes | np.ndarray  # text, an encoded image, or token ids
 
 
 @dataclass(frozen=True)
 class Document:
-    source: str  # unique within the sources: file, or file:line
-    text: str
+    source: str  # unique within the sources: file, file:line or file:key
+    parts: tuple[Part, ...]  # in order, none empty
     split: Split
 
-
-@dataclass(frozen=True)
-class SourceFile:
-    path: Path
-    name: str  # what document ids start with: the path as the user wrote it, or `stdlib/...`
-    split: Split | None = None  # None: decided document by document
+    @property
+    def text(self) -> str:
+        """Its text alone."""
+        return "".join(part for part in self.parts if isinstance(part, str))
 
 
 def find_files(specs: Sequence[str]) -> list[SourceFile]:
@@ -63,10 +74,10 @@ def find_files(specs: Sequence[str]) -> list[SourceFile]:
     """
     if not specs:
         raise InputError(f"no source: name files, folders, globs or {DEMO}")
-    files: dict[Path, SourceFile] = {}
+    files: dict[str, SourceFile] = {}
     for spec in specs:
         for file in _find(spec):
-            files.setdefault(file.path.resolve(), file)
+            files.setdefault(file.path if is_url(file.path) else str(Path(file.path).resolve()), file)
     return list(files.values())
 
 
@@ -88,15 +99,23 @@ def read_files(
     files: Iterable[SourceFile], split: Split | None = None, valid_fraction: float = 0.0
 ) -> Iterator[Document]:
     """`documents` of files already found."""
-    for file in files:
-        if file.split is not None and split not in (None, file.split):
+    return (document for _, _, document in read_placed(list(files), split, valid_fraction))
+
+
+def read_placed(
+    files: Sequence[SourceFile], split: Split | None, valid_fraction: float, start: tuple[int, int] = (0, 0)
+) -> Iterator[tuple[int, int, Document]]:
+    """(file, records read of it, document): the last two places, given as `start`, go on after that document."""
+    for number, file in enumerate(files):
+        if number < start[0] or (file.split is not None and split not in (None, file.split)):
             continue
-        for source, text in _texts(file):
-            if not text:
+        skip = start[1] if number == start[0] else 0
+        for record, (source, parts) in enumerate(islice(_records(file), skip, None), skip + 1):
+            if not parts:
                 continue
-            own = file.split or _split_of(text, valid_fraction)
+            own = file.split or _split_of(parts, valid_fraction)
             if split in (None, own):
-                yield Document(source, text, own)
+                yield number, record, Document(source, parts, own)
 
 
 def held_out_bytes(spec: str) -> bytes:
@@ -106,27 +125,23 @@ def held_out_bytes(spec: str) -> bytes:
     return b"".join(document.text.encode() for document in documents([spec], "valid"))
 
 
-def describe(file: SourceFile) -> dict[str, Any]:
-    """The file's name, size and SHA-256, for a manifest."""
-    with file.path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        return {"name": file.name, "bytes": stream.tell(), "sha256": digest}
-
-
 def _find(spec: str) -> list[SourceFile]:
     if spec == DEMO:
         return _standard_library()
     if spec.startswith("demo:"):
         raise InputError(f"{spec}: the only demo source is {DEMO}")
-    path = Path(spec)
+    if is_url(spec) and not spec.startswith("file://"):
+        return _find_remote(spec)
+    local = spec.removeprefix("file://")
+    path = Path(local)
     if path.is_dir():
         paths = sorted(_walk(path), key=lambda p: p.as_posix())
         if not paths:
             raise InputError(f"{spec}: no file below this folder ends in {', '.join(KNOWN)}")
     elif path.exists():
         paths = [path]
-    elif glob.has_magic(spec):
-        paths = sorted(Path(p) for p in glob.glob(spec, recursive=True) if os.path.isfile(p))
+    elif glob.has_magic(local):
+        paths = sorted(Path(p) for p in glob.glob(local, recursive=True) if os.path.isfile(p))
         if not paths:
             raise InputError(f"{spec}: no file matches this pattern")
     else:
@@ -134,9 +149,45 @@ def _find(spec: str) -> list[SourceFile]:
     for p in paths:
         if not p.is_file():
             raise InputError(f"{p}: not a regular file")
-        if _ending(p) is None:
-            raise InputError(f"{p}: unknown ending; known are {', '.join(KNOWN)}")
-    return [SourceFile(p, p.as_posix()) for p in paths]
+    return [_source(p.as_posix(), spec, lambda name: Path(name).is_file()) for p in paths]
+
+
+def _find_remote(spec: str) -> list[SourceFile]:
+    """The files of a URL, of a pattern with `*`, or below a prefix."""
+    import fsspec
+
+    try:
+        files, inner = fsspec.core.url_to_fs(spec)
+        if "*" in spec:
+            found = [files.unstrip_protocol(path) for path in files.glob(inner)]
+        elif _ending(spec.partition("?")[0]) or spec.partition("?")[0].endswith(".bin") or files.isfile(inner):
+            found = [files.unstrip_protocol(inner)]
+        else:
+            found = [files.unstrip_protocol(path) for path in files.find(inner)]
+            found = [path for path in found if _ending(path)]
+        if not found:
+            raise InputError(f"{spec}: nothing there that ends in {', '.join(KNOWN)}")
+        return [_source(path, spec, files.exists) for path in sorted(found)]
+    except InputError:
+        raise
+    except (ImportError, ValueError) as error:
+        raise InputError(f"{spec} cannot be opened: {error}") from error
+    except Exception as error:  # every store has exceptions of its own
+        raise InputError(f"{spec}: its store says: {type(error).__name__}: {error}") from error
+
+
+def _source(path: str, spec: str, exists: Callable[[str], bool]) -> SourceFile:
+    """The file at `path`; of a Megatron dataset the index, whichever of its two files is named."""
+    if path.lower().endswith(".bin"):
+        path = path[: -len(".bin")] + ".idx"
+    file = SourceFile(path, path, spec=spec)
+    if _ending(file.ending_of) is None:
+        raise InputError(f"{path}: unknown ending; known are {', '.join(KNOWN)}")
+    if path.lower().endswith(".idx"):
+        for needed in (path, token_file(path)):
+            if not exists(needed):
+                raise InputError(f"{needed}: missing; a Megatron dataset is an .idx and a .bin of one name")
+    return file
 
 
 def _walk(folder: Path) -> Iterator[Path]:
@@ -144,7 +195,7 @@ def _walk(folder: Path) -> Iterator[Path]:
     for root, _, names in os.walk(folder):
         for name in names:
             path = Path(root, name)
-            if _ending(path) is not None and path.is_file():
+            if _ending(name.lower()) is not None and path.is_file():
                 yield path
 
 
@@ -158,37 +209,54 @@ def _standard_library() -> list[SourceFile]:
     if not found:
         raise InputError(f"{DEMO}: no .py file in {root}; this Python comes without its standard library's source")
     return [
-        SourceFile(root / name, f"stdlib/{name}", "valid" if _hash(name) < DEMO_VALID_FRACTION else "train")
+        SourceFile(str(root / name), f"stdlib/{name}", "valid" if _hash(name) < DEMO_VALID_FRACTION else "train", DEMO)
         for name in sorted(found)
     ]
 
 
-def _split_of(text: str, valid_fraction: float) -> Split:
-    return "valid" if valid_fraction > 0 and _hash(text) < valid_fraction else "train"
+def _split_of(parts: tuple[Part, ...], valid_fraction: float) -> Split:
+    return "valid" if valid_fraction > 0 and _hash(*parts) < valid_fraction else "train"
 
 
-def _hash(text: str) -> float:
-    """A number in [0, 1) that depends on nothing but the text."""
-    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:6], "big") / 2**48
+def _hash(*parts: Part) -> float:
+    """A number in [0, 1) that depends on nothing but the parts."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part)
+    return int.from_bytes(digest.digest()[:6], "big") / 2**48
 
 
-def _ending(path: Path) -> str | None:
-    name = path.name.lower()
+def _ending(name: str) -> str | None:
+    """The known ending of a name in lower case."""
     return next((ending for ending in KNOWN if name.endswith(ending)), None)
 
 
-def _texts(file: SourceFile) -> Iterator[tuple[str, str]]:
-    """(document id, text) of one file."""
-    ending = _ending(file.path)
+def _records(file: SourceFile) -> Iterator[tuple[str, tuple[Part, ...]]]:
+    """(document id, parts) of one file; no parts where a record is empty."""
+    ending = _ending(file.ending_of)
+    if ending == ".tar":
+        with file.open() as stream:
+            yield from tar_samples(stream, file.name)
+    elif ending == ".idx":
+        for source, ids in token_documents(file):
+            yield source, (ids,) if ids.size else ()
+    else:
+        for source, text in _texts(file, ending):
+            yield source, (text,) if text else ()
+
+
+def _texts(file: SourceFile, ending: str | None) -> Iterator[tuple[str, str]]:
     if ending in PLAIN:
-        size = file.path.stat().st_size
-        if size > MAX_DOCUMENT_BYTES:
-            raise InputError(f"{file.name}: {size} bytes in one document; the limit is {MAX_DOCUMENT_BYTES}. Cut it up")
-        yield file.name, _decode(file.path.read_bytes(), file.name)
+        with file.open() as stream:
+            data = stream.read(MAX_DOCUMENT_BYTES + 1)
+        if len(data) > MAX_DOCUMENT_BYTES:
+            raise InputError(f"{file.name}: {file.size()} bytes in one document; the limit is {MAX_DOCUMENT_BYTES}. "
+                             "Cut it up")  # fmt: skip
+        yield file.name, _decode(data, file.name)
     elif ending == ".parquet":
         yield from _parquet(file)
     else:
-        with file.path.open("rb") as raw:
+        with file.open() as raw:
             yield from _lines(raw, ending, file.name)
 
 
@@ -233,7 +301,7 @@ def _parquet(file: SourceFile) -> Iterator[tuple[str, str]]:
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(file.path) as table:
+        with open_path(file.path) as stream, pyarrow.parquet.ParquetFile(stream) as table:
             schema = table.schema_arrow
             if "text" not in schema.names:
                 raise InputError(f"{file.name}: columns {schema.names}; a string column `text` is needed")

@@ -2,31 +2,41 @@
 
 The steps, each a pure function of what stands before it:
 
-1. A `DataState` says how many rows of each dataset are consumed. It knows nothing of ranks, threads or batches.
-2. `blend` decides from the counts which dataset gives each next row: the one furthest behind its weight.
+1. A `DataState` says how many rows of each dataset are consumed. It knows nothing of ranks, processes or batches.
+2. `Blend` says which dataset gives each next row: the one furthest behind its weight.
 3. `order.permute` turns a dataset's count into epoch and row, keyed by (seed, epoch, dataset).
-4. `deal` gives each data-parallel rank its rows of the global batch, micro-batch by micro-batch.
+4. A row that is quarantined is replaced by the next whole one of its dataset.
+5. `dealing.deal` gives each data-parallel rank its rows of the global batch, micro-batch by micro-batch, by their cost.
 
-So a global batch holds the same rows whatever the number of ranks, and after a resume from any state. Prefetching reads
-one global batch ahead in a thread and changes nothing but the time.
+So a global batch holds the same rows whatever the number of ranks, and after a resume from any state. Processes that
+read ahead (`prefetch`) change nothing but the time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import queue
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from perilune.pretrain import schema
 from perilune.pretrain.data.batch import PackedBatch
-from perilune.pretrain.data.collate import collate
+from perilune.pretrain.data.blend import Blend, Weight
+from perilune.pretrain.data.collate import collate, to_batch
+from perilune.pretrain.data.dealing import CostModel, deal
 from perilune.pretrain.data.order import permute
-from perilune.pretrain.data.reader import PackedDataset
+from perilune.pretrain.data.prefetch import Finding, Ids, Loaded, ReadingProcess, Recipe, load
+from perilune.pretrain.data.reader import DamageError, PackedDataset
+from perilune.pretrain.data.storage import Remote
 from perilune.pretrain.errors import InputError
+
+Agree = Callable[[Sequence[Finding]], list[Finding]]  # what one process found -> what all found, equal on all
 
 
 @dataclass(frozen=True)
@@ -37,6 +47,9 @@ class DataState:
     tokens: int = 0
     counters: dict[str, int] = field(default_factory=dict)  # dataset path -> rows consumed of it
     fingerprints: dict[str, str] = field(default_factory=dict)  # dataset path -> fingerprint of its content
+    # Rows found damaged, as they were found: dataset (path), row (number), id (shard/key), replaced_by (the rule's
+    # answer then; later damage may move it on), reason, samples (the state's, at the batch that met it)
+    quarantine: list[dict[str, Any]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON."""
@@ -48,34 +61,64 @@ class DataState:
         try:
             state = DataState(**saved)
             sound = sum(state.counters.values()) == state.samples and state.counters.keys() == state.fingerprints.keys()
-        except (TypeError, AttributeError) as error:
-            raise InputError(f"the saved state of the data cannot be read: {error}") from error
+            sound = sound and all(
+                entry["dataset"] in state.counters and entry["row"] >= 0 for entry in state.quarantine
+            )
+        except (TypeError, AttributeError, KeyError) as error:
+            raise InputError(f"the saved state of the data cannot be read: {error!r}") from error
         if not sound:
             raise InputError(f"the saved state of the data does not add up: {saved}")
         return state
 
 
+@dataclass(frozen=True)
+class _Request:
+    """A rank's part of a global batch; equal requests give equal batches."""
+
+    state: DataState
+    rows: int
+    dp_rank: int
+    dp_size: int
+    micro_batch_size: int
+
+
 class Stream:
     """Global batches of one dataset or a blend of several. Made by `open_stream`."""
 
-    def __init__(self, datasets: dict[str, PackedDataset], weights: dict[str, float], seed: int, data: schema.Data,
-                 depth: int) -> None:  # fmt: skip
+    def __init__(
+        self,
+        datasets: dict[str, PackedDataset],
+        weights: Mapping[str, Weight],
+        seed: int,
+        data: schema.Data,
+        depth: int,
+        cost: CostModel,
+        agree: Agree,
+    ) -> None:
         self.paths = list(datasets)
         self.datasets = list(datasets.values())
-        total = sum(weights.values())
-        self.weights = np.array([weights[path] / total for path in self.paths])
+        self.blend = Blend(weights, data.seq_len)
         self.seed = seed
         self.seq_len = data.seq_len
-        self.depth = depth
-        self.document_mask = data.document_mask
         self.tokenizer_fingerprint = self.datasets[0].tokenizer_fingerprint
+        self._limit, self._agree = data.quarantine_limit, agree
+        self._recipe = Recipe(
+            tuple(self.paths), depth, data.document_mask, remote_of(data), data.on_damage == "quarantine"
+        )
+        self._costs = []
+        for dataset in self.datasets:  # without a mask all rows attend alike
+            squares = dataset.squares if data.document_mask else np.full(len(dataset), data.seq_len**2)
+            self._costs.append(cost.of(squares, dataset.patches, data.seq_len))
         seen: list[str] = []
         self._names = []  # keys of the orders: the content, not its path; the same content twice differs by a number
         for dataset in self.datasets:
             self._names.append(f"{dataset.fingerprint}#{seen.count(dataset.fingerprint)}")
             seen.append(dataset.fingerprint)
+        self._workers = data.workers
         self._pool = ThreadPoolExecutor(data.workers, "data") if data.workers else None
-        self._ahead: tuple[Any, Future[list[PackedBatch]]] | None = None
+        self._processes: queue.SimpleQueue[ReadingProcess] = queue.SimpleQueue()  # idle
+        self._started: list[ReadingProcess] = []
+        self._ahead: deque[tuple[_Request, Future[_Read]]] = deque()
 
     def initial_state(self) -> DataState:
         """Nothing consumed yet."""
@@ -83,69 +126,119 @@ class Stream:
         return DataState(counters=dict.fromkeys(self.paths, 0), fingerprints=fingerprints)
 
     def check_state(self, state: DataState) -> None:
-        """Raise InputError where a state that was saved belongs to other data than this stream's."""
+        """Raise InputError where a state that was saved belongs to other data than this stream's, or another blend."""
         mine = self.initial_state().fingerprints
         if state.fingerprints != mine:
             raise InputError(
                 f"the run was trained on {state.fingerprints}, this stream reads {mine} (dataset: fingerprint); "
                 "resume with the same data, or start a new run with --init-from"
             )
+        counts = dict(zip(self.paths, self.blend.counts(state.samples).tolist(), strict=True))
+        if state.counters != counts:
+            raise InputError(
+                f"the saved state counts {state.counters} rows consumed; by data.blend {state.samples} rows are "
+                f"{counts}; resume with the blend of the run"
+            )
 
-    def global_batch_ids(self, state: DataState, rows: int) -> list[tuple[int, int]]:
+    def global_batch_ids(self, state: DataState, rows: int) -> Ids:
         """(dataset, row) of each row of the next global batch, both counted from 0."""
-        counts = np.array([state.counters[path] for path in self.paths])
-        chosen = blend(counts, self.weights, rows)
+        chosen = self.blend.choose(state.samples, rows)
         picked = np.zeros(rows, np.int64)
         for d, dataset in enumerate(self.datasets):
             mine = np.flatnonzero(chosen == d)
-            picked[mine] = self._order(d, len(dataset), counts[d] + np.arange(mine.size))
-        return list(zip(chosen.tolist(), picked.tolist(), strict=True))
+            picked[mine] = self._order(d, len(dataset), state.counters[self.paths[d]] + np.arange(mine.size))
+        ids = list(zip(chosen.tolist(), picked.tolist(), strict=True))
+        if not state.quarantine:
+            return ids
+        damaged = self._damaged(state)
+        return [(d, self._whole(d, i, damaged)) for d, i in ids]
 
     def advance(self, state: DataState, rows: int) -> DataState:
         """The state once a global batch of `rows` rows is consumed."""
-        counts = np.array([state.counters[path] for path in self.paths])
-        taken = np.bincount(blend(counts, self.weights, rows), minlength=len(self.paths))
+        taken = np.bincount(self.blend.choose(state.samples, rows), minlength=len(self.paths)).tolist()
         return replace(
             state,
             samples=state.samples + rows,
             tokens=state.tokens + rows * self.seq_len,
-            counters={path: int(c) for path, c in zip(self.paths, counts + taken, strict=True)},
+            counters={path: state.counters[path] + n for path, n in zip(self.paths, taken, strict=True)},
         )
 
-    def micro_batches(
-        self, state: DataState, rows: int, dp_rank: int, dp_size: int, micro_batch_size: int
-    ) -> list[PackedBatch]:
-        """This rank's micro-batches of the next global batch of `rows` rows; begins to read the one after it.
+    def read(
+        self,
+        state: DataState,
+        rows: int,
+        dp_rank: int,
+        dp_size: int,
+        micro_batch_size: int,
+        rows_at: Callable[[int], int] | None = None,
+    ) -> tuple[list[PackedBatch], DataState]:
+        """This rank's micro-batches of the next global batch of `rows` rows, and the state to advance from.
 
-        Raises InputError unless rows is a multiple of dp_size * micro_batch_size, and DamageError for damaged data.
+        The state returned differs from the one given by rows found damaged, where data.on_damage=quarantine. Begins to
+        read the batches that follow; `rows_at` gives their rows by the tokens consumed, unless all have `rows`.
+
+        Raises InputError unless rows is a multiple of dp_size * micro_batch_size, DamageError for damaged data, or for
+        more of it than may be quarantined, and StoreError where a remote store fails.
         """
-        if self._pool is None:
-            return self._read(state, rows, dp_rank, dp_size, micro_batch_size)
-        request = (state, rows, dp_rank, dp_size, micro_batch_size)
-        if self._ahead is not None and self._ahead[0] == request:
-            batches = self._ahead[1].result()
-        else:
-            batches = self._read(*request)
-        following = (self.advance(state, rows), *request[1:])
-        self._ahead = (following, self._pool.submit(self._read, *following))
-        return batches
+        while True:
+            request = _Request(state, rows, dp_rank, dp_size, micro_batch_size)
+            found = self._take(request, rows_at or (lambda tokens: rows))
+            findings = self._agree(found.findings) if self._recipe.quarantine else []
+            if not findings:
+                return found.batches, state
+            state = self._quarantined(state, findings)
 
     def close(self) -> None:
         """Stop reading ahead and close the shards."""
         if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
+            self._pool.shutdown(wait=False, cancel_futures=True)
+            for process in self._started:  # a thread that waits for one gets its error
+                process.end()
+            self._pool.shutdown()
+        for process in self._started:
+            process.close()
         for dataset in self.datasets:
             dataset.close()
 
-    def _read(self, state: DataState, rows: int, dp_rank: int, dp_size: int, size: int) -> list[PackedBatch]:
-        places = deal(rows, dp_rank, dp_size, size)
-        ids = self.global_batch_ids(state, rows)
-        return [self._batch([ids[place] for place in micro]) for micro in places.tolist()]
+    def _take(self, request: _Request, rows_at: Callable[[int], int]) -> _Read:
+        if self._pool is None:
+            return self._read(request, lambda ids: load(self.datasets, self._recipe, ids))
+        if not self._ahead or self._ahead[0][0] != request:  # the start, or a state nobody foresaw
+            for _, future in self._ahead:
+                future.cancel()
+            self._ahead.clear()
+            self._submit(request)
+        future = self._ahead.popleft()[1]
+        last = self._ahead[-1][0] if self._ahead else request
+        while len(self._ahead) < self._workers:
+            after = self.advance(last.state, last.rows)
+            last = replace(last, state=after, rows=rows_at(after.tokens))
+            self._submit(last)
+        return future.result()
 
-    def _batch(self, ids: Sequence[tuple[int, int]]) -> PackedBatch:
-        rows = [self.datasets[d][i] for d, i in ids]
-        names = [f"{self.paths[d]}/{self.datasets[d].sample_id(i)}" for d, i in ids]
-        return collate(rows, self.depth, self.document_mask, names)
+    def _submit(self, request: _Request) -> None:
+        assert self._pool is not None
+        self._ahead.append((request, self._pool.submit(self._read, request, self._load_elsewhere)))
+
+    def _load_elsewhere(self, micro_batches: Sequence[Ids]) -> Loaded:
+        """By an idle process, or a new one: there are no more than threads."""
+        try:
+            process = self._processes.get_nowait()
+        except queue.Empty:
+            process = ReadingProcess(self._recipe)
+            self._started.append(process)
+        try:
+            return process.load(micro_batches)
+        finally:
+            self._processes.put(process)
+
+    def _read(self, request: _Request, loader: Callable[[Sequence[Ids]], Loaded]) -> _Read:
+        ids = self.global_batch_ids(request.state, request.rows)
+        costs = np.array([self._costs[d][i] for d, i in ids])
+        mine = deal(costs, request.dp_size, request.micro_batch_size)[request.dp_rank]
+        loaded = loader([[ids[place] for place in micro] for micro in mine.tolist()])
+        pin = torch.cuda.is_available()
+        return _Read([to_batch(arrays, pin) for arrays in loaded.batches], loaded.findings)
 
     def _order(self, d: int, size: int, counts: np.ndarray) -> np.ndarray:
         """The rows of dataset `d` at these places of its endless sequence of epochs."""
@@ -156,61 +249,86 @@ class Stream:
             out[here] = permute(counts[here] % size, size, self.seed, int(epoch), self._names[d])
         return out
 
+    def _damaged(self, state: DataState) -> set[tuple[int, int]]:
+        return {(self.paths.index(entry["dataset"]), entry["row"]) for entry in state.quarantine}
 
-def blend(counts: np.ndarray, weights: np.ndarray, rows: int) -> np.ndarray:
-    """Which dataset gives each of the next `rows` rows: int64 [rows].
+    def _whole(self, d: int, row: int, damaged: set[tuple[int, int]]) -> int:
+        """The rule of replacement: the first row from `row` on, the dataset taken as a ring, that is not damaged."""
+        size = len(self.datasets[d])
+        for step in range(min(size, len(damaged) + 1)):
+            if (d, (row + step) % size) not in damaged:
+                return (row + step) % size
+        raise DamageError(f"{self.paths[d]}: every one of its {size} rows is damaged; pack or copy the dataset again")
 
-    counts, weights: [datasets], rows taken so far and shares that sum to 1. Always the dataset furthest behind its
-    share (the first of equals), so after any number of rows each count is within the number of datasets of its share.
-    """
-    if len(weights) == 1:
-        return np.zeros(rows, np.int64)
-    taken = counts.astype(np.int64)
-    first = int(taken.sum())
-    chosen = np.empty(rows, np.int64)
-    for n in range(rows):
-        chosen[n] = np.argmax(weights * (first + n + 1) - taken)
-        taken[chosen[n]] += 1
-    return chosen
+    def _quarantined(self, state: DataState, findings: Sequence[Finding]) -> DataState:
+        """`state` with `findings` recorded; DamageError beyond the limit."""
+        known = self._damaged(state)
+        new = sorted({(f.dataset, f.row): f.reason for f in reversed(findings)}.items())
+        if len(known) + len(new) > self._limit:
+            raise DamageError(
+                f"{len(known)} rows are quarantined and {len(new)} more are damaged; "
+                f"data.quarantine_limit={self._limit} allows no more. The next: {new[0][1]}"
+            )
+        damaged = known | {place for place, _ in new}
+        entries = [
+            {
+                "dataset": self.paths[d],
+                "row": row,
+                "id": self.datasets[d].sample_id(row),
+                "replaced_by": self._whole(d, row, damaged),
+                "reason": reason,
+                "samples": state.samples,
+            }
+            for (d, row), reason in new
+        ]
+        return replace(state, quarantine=[*state.quarantine, *entries])
 
 
-def deal(rows: int, dp_rank: int, dp_size: int, micro_batch_size: int) -> np.ndarray:
-    """Places in the global batch of a rank's rows: [micro_batches, micro_batch_size].
-
-    Consecutive micro-batches go to consecutive ranks. Raises InputError where the numbers do not divide.
-    """
-    at_once = dp_size * micro_batch_size
-    if rows < 1 or rows % at_once:
-        raise InputError(
-            f"a global batch of {rows} rows does not divide by {dp_size} data-parallel ranks x micro-batches of "
-            f"{micro_batch_size} rows = {at_once}; change train.global_batch_size or train.micro_batch_size"
-        )
-    return np.arange(rows).reshape(-1, dp_size, micro_batch_size)[:, dp_rank]
+@dataclass(frozen=True)
+class _Read:
+    batches: list[PackedBatch]
+    findings: tuple[Finding, ...]
 
 
-def open_stream(data: schema.Data, seed: int, *, depth: int, vocab_size: int | None = None) -> Stream:
+def remote_of(data: schema.Data) -> Remote:
+    """How `data` says that remote stores are read."""
+    return Remote(data.timeout_s, data.retry_s, data.cache_dir, int(data.cache_gib * (1 << 30)))
+
+
+def open_stream(
+    data: schema.Data,
+    seed: int,
+    *,
+    depth: int,
+    vocab_size: int | None = None,
+    cost: CostModel = CostModel(token=0.0, square=1.0),  # noqa: B008 (frozen)
+    agree: Agree = list,
+) -> Stream:
     """The stream of `data.path` or `data.blend`; `depth` is D (model.num_nextn_predict_layers).
+
+    `cost` says how long rows take, relative to each other. `agree` brings together what the run's processes found
+    damaged; every process calls it for every batch where data.on_damage=quarantine.
 
     Raises InputError where there is no data, the datasets' rows are not data.seq_len long, their tokenizers differ, or
     their tokens do not fit the model's `vocab_size`.
     """
     if (data.path is None) == (not data.blend):
         raise InputError(f"data.path is {data.path!r} and data.blend {data.blend}: name one of the two")
-    if data.on_damage != "stop":
-        raise InputError(f"data.on_damage={data.on_damage}: not built yet; use data.on_damage=stop")
     weights = data.blend or {str(data.path): 1.0}
-    if bad := {path: weight for path, weight in weights.items() if not 0 < weight < float("inf")}:
-        raise InputError(f"data.blend: weights must be positive numbers, not {bad}")
-    datasets = {path: open_dataset(path, data.seq_len, vocab_size) for path in weights}
+    Blend(weights, data.seq_len)  # its complaints first: they need no store
+    whole, remote = data.on_damage == "stop", remote_of(data)
+    datasets = {path: open_dataset(path, data.seq_len, vocab_size, remote, whole=whole) for path in weights}
     fingerprints = {path: dataset.tokenizer_fingerprint for path, dataset in datasets.items()}
     if len(set(fingerprints.values())) > 1:
         raise InputError(f"data.blend mixes tokenizers {fingerprints} (dataset: fingerprint); pack all with one")
-    return Stream(datasets, weights, seed, data, depth)
+    return Stream(datasets, weights, seed, data, depth, cost, agree)
 
 
-def open_dataset(path: Path | str, seq_len: int, vocab_size: int | None = None) -> PackedDataset:
+def open_dataset(
+    path: Path | str, seq_len: int, vocab_size: int | None = None, remote: Remote | None = None, *, whole: bool = True
+) -> PackedDataset:
     """The dataset at `path`; InputError where its rows or its vocabulary do not fit the run."""
-    dataset = PackedDataset(path)
+    dataset = PackedDataset(path, remote, whole=whole)
     if dataset.seq_len != seq_len:
         raise InputError(
             f"{path}: packed in rows of {dataset.seq_len} tokens, but data.seq_len is {seq_len}; "
@@ -236,6 +354,7 @@ def valid_batches(
     max_rows: int = 0,
     vocab_size: int | None = None,
     tokenizer_fingerprint: str | None = None,
+    remote: Remote | None = None,
 ) -> Iterator[tuple[PackedBatch, int]]:
     """(batch, bytes of text that its counted next-token targets stand for) over a dataset, in one fixed order.
 
@@ -246,7 +365,7 @@ def valid_batches(
 
     Raises InputError as `open_dataset` does, and where the tokenizer is not the one of the training data.
     """
-    dataset = open_dataset(path, seq_len, vocab_size)
+    dataset = open_dataset(path, seq_len, vocab_size, remote)
     if tokenizer_fingerprint not in (None, dataset.tokenizer_fingerprint):
         raise InputError(
             f"{path}: packed with tokenizer {dataset.tokenizer_fingerprint}, the training data with "
@@ -254,10 +373,9 @@ def valid_batches(
         )
     count = min(max_rows, len(dataset)) if max_rows else len(dataset)
     order = permute(np.arange(count), len(dataset), "valid", dataset.fingerprint).tolist()
-    at_once = dp_size * micro_batch_size
-    blanks = -count % at_once
+    blanks = -count % (dp_size * micro_batch_size)
     try:
-        for micro in deal(count + blanks, dp_rank, dp_size, micro_batch_size).tolist():
+        for micro in np.arange(count + blanks).reshape(-1, dp_size, micro_batch_size)[:, dp_rank].tolist():
             rows = []
             for place in micro:
                 row = dataset[order[place] if place < count else order[0]]

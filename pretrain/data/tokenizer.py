@@ -23,10 +23,15 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
 from perilune.pretrain.data import sources as data_sources
-from perilune.pretrain.errors import InputError
+from perilune.pretrain.errors import InputError, make_folder
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 FIM = ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>")
+FIM_NAMES = (  # of prefix, suffix and middle, in the order of PSM: ours and Qwen's, DeepSeek's, StarCoder's
+    (FIM[0], FIM[2], FIM[1]),
+    ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"),
+    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
+)
 MEDIA = ("<|media_start|>", "<|media_content|>", "<|media_end|>", "<|media_pad|>")  # Kimi-VL's, by its names
 SPECIAL = (BOS, EOS, PAD, *FIM, *MEDIA)  # ids 0, 1, 2, ... in this order
 
@@ -59,6 +64,7 @@ def train_tokenizer(sources: Sequence[str], out: Path, vocab_size: int) -> Path:
         if (out / RECIPE).is_file() and json.loads((out / RECIPE).read_text(encoding="utf-8")) == recipe:
             return out
         raise InputError(f"{out} is not empty and was not made from the same text and size; name another --out")
+    make_folder(out.parent)  # before the minutes that training takes
 
     tokenizer = tokenizers.Tokenizer(models.BPE())
     words = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in WORDS]
@@ -72,6 +78,8 @@ def train_tokenizer(sources: Sequence[str], out: Path, vocab_size: int) -> Path:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=sys.stderr.isatty(),
     )
+    if tokens := [file.name for file in files if file.ending_of.endswith(".idx")]:
+        raise InputError(f"{tokens[0]}: holds tokens, not text; a tokenizer is trained on text")
     texts = (document.text for document in data_sources.read_files(files, "train"))
     tokenizer.train_from_iterator(texts, trainer)
     reached = tokenizer.get_vocab_size()
@@ -99,7 +107,6 @@ def _write(tokenizer: tokenizers.Tokenizer, out: Path, recipe: dict[str, Any]) -
         "special_tokens_map.json": json.dumps({**names, "additional_special_tokens": extra}, indent=1),
         RECIPE: json.dumps(recipe, indent=1),
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         for name, text in contents.items():
@@ -122,6 +129,7 @@ class Tokenizer:
         inner.no_padding()
         inner.no_truncation()
         self.bos_id, self.pad_id = special["bos_token"], special["pad_token"]
+        self.media_pad_id: int | None = inner.token_to_id(MEDIA[3])  # the placeholder of images
         canonical = json.dumps(json.loads(inner.to_str()), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
         self.fingerprint = hashlib.sha256(canonical.encode()).hexdigest()
         added = inner.get_added_tokens_decoder()
@@ -152,6 +160,28 @@ class Tokenizer:
                 )
             rows.append(ids)
         return rows
+
+    def fim_ids(self) -> tuple[int, int, int]:
+        """Ids of the marks before prefix, suffix and middle; InputError where the vocabulary has none."""
+        for names in FIM_NAMES:
+            prefix, suffix, middle = (self.inner.token_to_id(name) for name in names)
+            if prefix is not None and suffix is not None and middle is not None:
+                return prefix, suffix, middle
+        raise InputError(
+            f"{self.path}: fill-in-the-middle needs the tokens {', '.join(FIM_NAMES[0])} (or "
+            f"{', '.join(FIM_NAMES[1])}), which this vocabulary lacks; use --fim-rate 0, "
+            "or a tokenizer of `perilune tokenizer train`"
+        )
+
+    def media_ids(self) -> tuple[int, int, int, int]:
+        """Ids of MEDIA (start, content, end, placeholder); InputError where the vocabulary lacks one."""
+        begin, content, end, pad = (self.inner.token_to_id(name) for name in MEDIA)
+        if begin is None or content is None or end is None or pad is None:
+            raise InputError(
+                f"{self.path}: images need the tokens {', '.join(MEDIA)}, which this vocabulary lacks; "
+                "use a tokenizer of `perilune tokenizer train`, or leave the images out"
+            )
+        return begin, content, end, pad
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of `ids`, special tokens spelled out; a character cut in two shows as U+FFFD."""

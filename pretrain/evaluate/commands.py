@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from perilune.pretrain.errors import InputError
+from perilune.pretrain.errors import InputError, make_folder
 
 if TYPE_CHECKING:
     from perilune.pretrain.evaluate.load import Loaded
@@ -51,6 +51,9 @@ def eval_command(
         data = data or _own_data(loaded)
         if data is None and not questions:
             raise InputError(f"{source} names no validation set: name a packed dataset by --data, or a file by --tasks")
+        out = out or (_new_file(loaded) if loaded.run_dir else None)
+        if out is not None:  # before the time that evaluation takes
+            make_folder(out.parent)
         result: dict[str, Any] = {"model": str(loaded.path), "step": loaded.step, "time": _now().isoformat()}
         if data is not None:
             result["validation"] = _validated(loaded, data, max_rows)
@@ -60,9 +63,7 @@ def eval_command(
             found = choices.accuracies(questions, scores)
             result["tasks"] = {name: accuracy.to_dict() for name, accuracy in found.items()}
             result["tasks_file"] = str(tasks)
-        out = out or (_new_file(loaded) if loaded.run_dir else None)
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
         with out.open("x", encoding="utf-8") as stream:
             stream.write(json.dumps(result, indent=1, allow_nan=False) + "\n")
     if as_json:
@@ -134,6 +135,9 @@ def encode_prompts(loaded: Loaded, prompts: Sequence[str], max_new_tokens: int) 
     Raises InputError for an empty prompt and for one that, continued, is longer than max_position_embeddings.
     """
     text, limit = loaded.need_text(), loaded.model.max_position_embeddings
+    for prompt in prompts:
+        if any("\ud800" <= character <= "\udfff" for character in prompt):
+            raise InputError(f"--prompt {ascii(prompt)[:40]}: bytes that are not UTF-8 are no text")
     rows = [[*text.prefix, *ids.tolist()] for ids in text.tokenizer.encode_batch(prompts)]
     for prompt, row in zip(prompts, rows, strict=True):
         if not row:
@@ -152,9 +156,9 @@ def _quiet() -> None:
 
 
 def _own_data(loaded: Loaded) -> Path | None:
-    """The validation set of the model's run."""
-    path = loaded.config.valid.path if loaded.config else None
-    return Path(path) if path is not None and loaded.run_dir is not None else None
+    """The validation set of the model's run; of a checkpoint that was moved, if it is still there."""
+    path = Path(loaded.config.valid.path) if loaded.config and loaded.config.valid.path is not None else None
+    return path if path is not None and (loaded.run_dir is not None or path.is_dir()) else None
 
 
 def _validated(loaded: Loaded, data: Path, max_rows: int) -> dict[str, Any]:

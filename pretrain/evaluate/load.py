@@ -24,7 +24,7 @@ from perilune.pretrain.hf import card
 from perilune.pretrain.hf.config import config_from_hf
 from perilune.pretrain.hf.folder import read_json
 from perilune.pretrain.hf.importing import Reader
-from perilune.pretrain.hf.source import Checkpoint
+from perilune.pretrain.hf.source import Checkpoint, checkpoint_of, neither
 from perilune.pretrain.hf.table import tensors
 from perilune.pretrain.hf.weights import WeightFolder
 from perilune.pretrain.schema import Config, Model, Precision
@@ -81,6 +81,8 @@ def open_model(path: Path, tokenizer: Path | None = None) -> Loaded:
     """
     if (path / "config.json").is_file():
         return _from_hf(path, tokenizer)
+    if checkpoint_of(path) is None:
+        raise InputError(neither(path, "a Hugging Face folder (config.json)"))
     checkpoint = Checkpoint(path)
     model = replace(checkpoint.config.model, num_nextn_predict_layers=0)
     net = _build(model, checkpoint.dtype())
@@ -92,7 +94,7 @@ def open_model(path: Path, tokenizer: Path | None = None) -> Loaded:
         model=model,
         path=checkpoint.path,
         step=checkpoint.manifest["step"],
-        run_dir=checkpoint.path.parent.parent if checkpoint.path.parent.name == "checkpoints" else None,
+        run_dir=checkpoint.run_dir,
         config=checkpoint.config,
         text=_text(where, model) if where else None,
         no_text=own.missing,

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from perilune.moe.backbone import Backbone
+from perilune.pretrain.data.mixture import source_of
 from perilune.pretrain.data.reader import PackedDataset
 from perilune.pretrain.data.shard import Row
-from perilune.pretrain.data.sources import PLAIN
 from perilune.pretrain.data.stream import valid_batches
 from perilune.pretrain.errors import InputError
 from perilune.pretrain.evaluate.likelihood import FORWARD_TOKENS, packed_losses
@@ -137,14 +137,3 @@ def _sources(row: Row) -> tuple[list[str], np.ndarray]:
     sources = sorted(set(names))
     piece_S = np.repeat([sources.index(name) for name in names], np.diff(row.cu_seqlens))
     return sources, np.append(piece_S[1:], -1)
-
-
-def source_of(document: str) -> str:
-    """The source of a document by its name, `file` or `file:line`."""
-    file, colon, line = document.rpartition(":")
-    if colon and line.isdecimal():
-        return file
-    if document.lower().endswith(PLAIN):
-        folder = document.rpartition("/")[0]
-        return folder or document
-    return document

@@ -1,6 +1,6 @@
 """What goes beside the tensors: the tokenizer of the run's data, generation_config.json, and the model card.
 
-The card says what the checkpoint itself knows, and no more.
+The card says what the checkpoint knows and, where it lies in its run, what that measured at its step; no more.
 """
 
 from __future__ import annotations
@@ -108,7 +108,11 @@ def write(folder: Path, checkpoint: Checkpoint, target: torch.dtype, verdict: st
         facts["Steps"] = f"{manifest['step']:,}"
         tokens = (run_state.get("data") or {}).get("tokens")
         facts |= {} if tokens is None else {"Tokens trained": f"{tokens:,}"}
+        t, optim = config.train, config.optim
+        facts["Batch"] = f"{t.global_batch_size:,} rows of {config.data.seq_len:,} tokens"
+        facts["Optimizer"] = f"{optim.name}, peak learning rate {optim.lr:g}, {config.schedule.lr} schedule"
         facts["Trained in"] = config.precision.compute
+        facts |= _measured(checkpoint)
         for path, digest in ((run_state.get("data") or {}).get("fingerprints") or {}).items():
             facts[f"Data `{Path(path).name}`"] = f"fingerprint `{digest}`"
     facts["Checkpoint written by"] = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
@@ -144,6 +148,28 @@ model = AutoModelForCausalLM.from_pretrained("this folder", dtype="auto")
     )
 
 
+def _measured(checkpoint: Checkpoint) -> dict[str, str]:
+    """What the run recorded at the checkpoint's step; nothing of one that was moved away from its run."""
+    file = None if checkpoint.run_dir is None else checkpoint.run_dir / "metrics.jsonl"
+    if file is None or not file.is_file():
+        return {}
+    with file.open("rb") as stream:
+        for line in stream:
+            try:
+                entry = json.loads(line)
+                if entry["step"] != checkpoint.manifest["step"]:
+                    continue
+                found = {"Training loss": f"{entry['loss']:.4f} nats a token, in the last step"}
+                if "valid_bpb" in entry:
+                    found["Validation"] = (
+                        f"{entry['valid_bpb']:.4f} bits a byte, {entry['valid_loss']:.4f} nats a token"
+                    )
+                return found
+            except (ValueError, KeyError, TypeError):  # a line cut short, a loss that is null: not a fact
+                continue
+    return {}
+
+
 def _type_of_tensors(checkpoint: Checkpoint, target: torch.dtype) -> str:
     """The type, and what became of the weights' own if that is another."""
     name, own = (str(dtype).removeprefix("torch.") for dtype in (target, checkpoint.dtype()))
@@ -156,7 +182,8 @@ def _type_of_tensors(checkpoint: Checkpoint, target: torch.dtype) -> str:
 
 
 def folder_title(checkpoint: Checkpoint) -> str:
-    """The run's folder and the step; an imported checkpoint's folder."""
+    """The run's folder and the step; its own folder where it was imported or moved."""
     if "imported_from" in checkpoint.manifest["run_state"]:
-        return checkpoint.path.name
-    return f"{checkpoint.path.parent.parent.name}, step {checkpoint.manifest['step']:,}"
+        return checkpoint.path.resolve().name
+    where = checkpoint.run_dir or checkpoint.path.resolve()
+    return f"{where.name}, step {checkpoint.manifest['step']:,}"

@@ -1,7 +1,7 @@
 """`perilune export`: a checkpoint becomes a folder that transformers, vLLM and SGLang load.
 
-One process reads and writes one tensor at a time: at its peak it holds the largest global tensor (an expert layer's
-first matrices) and what reading it takes, not the model.
+One process reads and writes one tensor at a time, experts one by one: at its peak it holds the largest tensor that it
+writes, or the experts that one process of the run saved, and what reading them takes; not the model, not a layer.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from perilune.pretrain.errors import InputError
 from perilune.pretrain.hf import card
 from perilune.pretrain.hf.config import config_to_hf
-from perilune.pretrain.hf.folder import new_folder, write_json
+from perilune.pretrain.hf.folder import new_folder, refuse_existing, write_json
 from perilune.pretrain.hf.source import MASTER, Checkpoint
 from perilune.pretrain.hf.table import Block
 from perilune.pretrain.hf.weights import ShardWriter
@@ -38,6 +38,7 @@ def export(
     Raises InputError for a checkpoint that is damaged or that transformers would compute otherwise, and for an `out`
     that is there.
     """
+    refuse_existing(out)  # before every file is hashed
     checkpoint = Checkpoint(run_or_checkpoint)
     target = DTYPES[dtype] if dtype else checkpoint.dtype()
     tokenizer = card.tokenizer_of(checkpoint)
@@ -68,8 +69,10 @@ def stream(checkpoint: Checkpoint, target: torch.dtype) -> Iterator[tuple[Block,
     """Every block of the table with its values of type `target` (router biases fp32), tensor after tensor."""
     masters = target is torch.float32 and checkpoint.dtype() is torch.bfloat16 and checkpoint.has_masters()
     for tensor in checkpoint.tensors.values():
-        whole = checkpoint.read(MASTER + tensor.name if masters and not tensor.fp32 else tensor.name)
-        if tuple(whole.shape) != tensor.shape:
-            raise InputError(f"{checkpoint.path}: {tensor.name} is {list(whole.shape)}, not {list(tensor.shape)}")
-        for block in tensor.blocks:
-            yield block, whole[block.index].to(torch.float32 if block.fp32 else target)
+        name = MASTER + tensor.name if masters and not tensor.fp32 else tensor.name
+        for offset, shape, own in tensor.pieces():
+            piece = checkpoint.read(name, offset[0], offset[0] + shape[0])
+            if tuple(piece.shape) != shape:
+                raise InputError(f"{checkpoint.path}: {name} is not {list(tensor.shape)}")
+            for block in tensor.blocks if shape == tensor.shape else own:
+                yield block, piece[block.index_in_piece].to(torch.float32 if block.fp32 else target)

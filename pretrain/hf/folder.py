@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from perilune.pretrain.errors import InputError
+from perilune.pretrain.errors import InputError, make_folder
 
 
 @contextmanager
@@ -22,14 +22,14 @@ def new_folder(out: Path) -> Iterator[Path]:
     `out` is there already, before and after: it is never written over.
     """
     out = out.absolute()
-    _refuse(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    refuse_existing(out)
+    make_folder(out.parent)
     temporary = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}.partial"
     temporary.mkdir()
     try:
         yield temporary
         sync_folder(temporary)
-        _refuse(out)
+        refuse_existing(out)
         os.rename(temporary, out)
         sync_folder(out.parent)
     except BaseException:
@@ -37,7 +37,8 @@ def new_folder(out: Path) -> Iterator[Path]:
         raise
 
 
-def _refuse(out: Path) -> None:
+def refuse_existing(out: Path) -> None:
+    """Raises InputError if anything is at `out`."""
     if out.exists() or out.is_symlink():
         raise InputError(f"{out} is there already and is never written over: name another --out, or move it away")
 

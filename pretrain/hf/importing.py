@@ -32,7 +32,6 @@ from perilune.pretrain import rules
 from perilune.pretrain.errors import InputError
 from perilune.pretrain.hf.config import config_from_hf, dtype_of
 from perilune.pretrain.hf.folder import new_folder, read_json, write_text
-from perilune.pretrain.hf.source import CONFIG
 from perilune.pretrain.hf.table import Block, Tensor, blocks, tensors
 from perilune.pretrain.hf.weights import FP8_BLOCK, SCALE, Entry, WeightFolder, dequantised, scale_shape
 from perilune.pretrain.schema import Config, Data, Model
@@ -60,7 +59,7 @@ def import_hf(
         for note in reader.notes:
             say(note)
         _write(reader, config.model, temporary)
-        write_text(temporary / CONFIG, _yaml(config, overrides))
+        write_text(temporary / files.CONFIG, _yaml(config, overrides))
         files.write_manifest(temporary, _manifest(folder, temporary))
     say(f"{len(list(blocks(config.model))):,} tensors of {folder}: {out}")
     return out
@@ -171,8 +170,7 @@ class Reader:
         else:
             whole = torch.empty(shape, dtype=torch.float32 if tensor.fp32 else self.dtype)
             for block in parts:
-                index = tuple(0 if isinstance(at, int) else at for at in block.index)
-                whole[index] = self._values(block)
+                whole[block.index_in_piece] = self._values(block)
         for block in tensor.blocks:
             if block.copy and not torch.equal(self._values(block), whole):
                 raise InputError(

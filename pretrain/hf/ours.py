@@ -25,9 +25,10 @@ def logits(folder: str, model: Model, rows: list[list[int]]) -> list[torch.Tenso
     from perilune.moe import backbone
     from perilune.parallel import mesh as meshes
     from perilune.pretrain import model as models
+    from perilune.pretrain import rules
 
     config = replace(Config(), model=model, precision=Precision(compute="fp32"))
-    mesh = models.mesh_of(config, 1)
+    mesh = rules.mesh_of(config, 1)
     meshes.start(mesh)
     net = backbone.build(models.backbone_config(config, mesh)).to(meshes.device())
     with WeightFolder(Path(folder)) as weights, torch.no_grad():

@@ -17,7 +17,6 @@ from perilune.pretrain.errors import InputError
 from perilune.pretrain.hf.table import Tensor, tensors
 from perilune.pretrain.schema import Config
 
-CONFIG = "config.yaml"  # of a run's directory, and of a checkpoint that was imported
 MASTER = "optimizer.state.param."  # before the name of a weight: its fp32 master
 _NAMED = 3
 
@@ -25,18 +24,30 @@ _NAMED = 3
 class Checkpoint:
     """A committed checkpoint whose tensors are those of its run's model, no more and no fewer.
 
-    Raises InputError (CheckpointError) for a path that is neither, a damaged or hostile file, and tensors that are not
-    the model's of the config beside them.
+    It may lie anywhere: its configuration is in it. Raises InputError (CheckpointError) for a path that is neither, a
+    damaged or hostile file, and tensors that are not the model's of that configuration.
     """
 
     def __init__(self, run_or_checkpoint: Path) -> None:
-        self.path = _checkpoint_of(run_or_checkpoint)
+        found = checkpoint_of(run_or_checkpoint)
+        if found is None:
+            hint = "; of a Hugging Face folder `perilune import` makes a checkpoint"
+            is_theirs = (run_or_checkpoint / "config.json").is_file()
+            raise InputError(neither(run_or_checkpoint) + (hint if is_theirs else ""))
+        self.path = found
         self.manifest = files.verify(self.path)
         self._metadata = shards.read_metadata(self.path, files.sizes_of(self.manifest))
         self.config = self._config()
         self.tensors: dict[str, Tensor] = tensors(self.config.model)
         self._stored = shards.stored_shapes(self._metadata)
+        self._held: dict[MetadataIndex, torch.Tensor] = {}
         self._check()
+
+    @property
+    def run_dir(self) -> Path | None:
+        """The run that it lies in, RUN/checkpoints/step_...; None if it was moved or imported."""
+        above = self.path.resolve().parent
+        return above.parent if above.name == "checkpoints" else None
 
     def dtype(self) -> torch.dtype:
         """Of the weights: fp32 or bf16."""
@@ -53,41 +64,56 @@ class Checkpoint:
         """Whether every bf16 weight has its fp32 master in the optimizer's state."""
         return all(t.fp32 or MASTER + t.name in self._stored for t in self.tensors.values())
 
-    def read(self, name: str) -> torch.Tensor:
-        """The whole global tensor `name`, in the type in which it is stored."""
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """`start` to `stop` (None: the end) along dim 0 of the global tensor `name`, in the type in which it is stored.
+
+        Read in ascending order, each of its stored parts is read once: one that reaches beyond `stop` is kept.
+        """
         entry: Any = self._metadata.state_dict_metadata[name]
-        whole: torch.Tensor | None = None
+        stop = entry.size[0] if stop is None else stop
+        shape, found = (stop - start, *entry.size[1:]), None
+        held, self._held = self._held, {}
         for chunk in entry.chunks:
-            place = self._metadata.storage_data[MetadataIndex(name, chunk.offsets)]
-            with open(self.path / place.relative_path, "rb") as stream:
-                stream.seek(place.offset)
-                data = stream.read(place.length)
-            part = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-            if part.dtype != entry.properties.dtype or tuple(part.shape) != tuple(chunk.sizes):
-                raise CheckpointError(
-                    f"{self.path}: {name} holds {list(part.shape)} {part.dtype} where its metadata says "
-                    f"{list(chunk.sizes)} {entry.properties.dtype}"
-                )
-            if len(entry.chunks) == 1:
-                return part
-            if whole is None:
-                whole = torch.empty(entry.size, dtype=entry.properties.dtype)
-            whole[tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.sizes, strict=True))] = part
-        if whole is None:
+            first, end = chunk.offsets[0], chunk.offsets[0] + chunk.sizes[0]
+            low, high = max(start, first), min(stop, end)
+            if low >= high:
+                continue
+            index = MetadataIndex(name, chunk.offsets)
+            part = held.pop(index) if index in held else self._part(index, chunk.sizes, entry.properties.dtype)
+            if end > stop:
+                self._held[index] = part
+            cut = part[low - first : high - first]
+            if tuple(cut.shape) == shape:
+                return cut
+            if found is None:
+                found = torch.empty(shape, dtype=entry.properties.dtype)
+            across = (slice(o, o + n) for o, n in zip(chunk.offsets[1:], chunk.sizes[1:], strict=True))
+            found[slice(low - start, high - start), *across] = cut
+        if found is None:
             raise CheckpointError(f"{self.path}: {name} has no parts")
-        return whole
+        return found
+
+    def _part(self, index: MetadataIndex, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        """A part of a tensor as one process stored it."""
+        place = self._metadata.storage_data[index]
+        with open(self.path / place.relative_path, "rb") as stream:
+            stream.seek(place.offset)
+            data = stream.read(place.length)
+        part = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        if part.dtype != dtype or tuple(part.shape) != tuple(shape):
+            raise CheckpointError(
+                f"{self.path}: {index.fqn} holds {list(part.shape)} {part.dtype} where its metadata says "
+                f"{list(shape)} {dtype}"
+            )
+        return part
 
     def _config(self) -> Config:
-        """Of the run that the checkpoint lies in, or its own if it was imported."""
-        own, run = self.path / CONFIG, self.path.parent.parent / CONFIG
-        if CONFIG in self.manifest["files"]:
-            return configs.load(own)
-        if self.path.parent.name == "checkpoints" and run.is_file():
-            return configs.load(run)
-        raise InputError(
-            f"{self.path}: the configuration of its run is not at {run}; keep a checkpoint in its run's folder, "
-            "RUN/checkpoints/step_..., with RUN/config.yaml"
-        )
+        if files.CONFIG not in self.manifest["files"]:
+            raise CheckpointError(
+                f"{self.path}: its manifest lists no {files.CONFIG}, which says what model its tensors are of; let its "
+                "run go on to another checkpoint"
+            )
+        return configs.load(self.path / files.CONFIG)
 
     def _check(self) -> None:
         held = {name: shape for name, shape in self._stored.items() if not name.startswith("optimizer.")}
@@ -98,15 +124,19 @@ class Checkpoint:
                 wrong.append(f"{name} is {list(held[name][0])}, by the configuration {list(tensor.shape)}")
         if wrong:
             more = f" and {len(wrong) - _NAMED} more" if len(wrong) > _NAMED else ""
-            raise CheckpointError(f"{self.path} is not of the model in its {CONFIG}: {'; '.join(wrong[:_NAMED])}{more}")
+            raise CheckpointError(
+                f"{self.path} is not of the model in its {files.CONFIG}: {'; '.join(wrong[:_NAMED])}{more}"
+            )
 
 
-def _checkpoint_of(path: Path) -> Path:
-    """A checkpoint's own folder, or the newest of a run's."""
+def checkpoint_of(path: Path) -> Path | None:
+    """A checkpoint's own folder, or the newest of a run's; None for another folder."""
     if (path / files.MANIFEST).is_file():
         return path
-    if (newest := files.latest(path / "checkpoints")) is not None:
-        return newest
-    if (newest := files.latest(path)) is not None:
-        return newest
-    raise InputError(f"{path} is neither a run with a complete checkpoint (RUN/checkpoints/step_...) nor a checkpoint")
+    return files.latest(path / "checkpoints") or files.latest(path)
+
+
+def neither(path: Path, *others: str) -> str:
+    """The message for a folder that is no run, no checkpoint and none of `others`."""
+    kinds = ["a run with a complete checkpoint (RUN/checkpoints/step_...)", "a checkpoint", *others]
+    return f"{path} is neither {' nor '.join(kinds)}"

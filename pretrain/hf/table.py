@@ -26,6 +26,11 @@ class Block:
     fp32: bool = False  # stored in fp32 whatever the export's dtype
     copy: bool = False  # a second copy of a tensor that stands elsewhere: written, checked on import, not read
 
+    @property
+    def index_in_piece(self) -> tuple[int | slice, ...]:
+        """`index` counted in the piece (`Tensor.pieces`) that holds it, which begins at its expert."""
+        return tuple(0 if isinstance(at, int) else at for at in self.index)
+
 
 def blocks(m: Model) -> Iterator[Block]:
     """Every tensor of a model of this shape, in the order in which files hold them."""

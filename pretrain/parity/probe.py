@@ -6,21 +6,28 @@ Functions of `parallel.workers.Workers`, so importable and picklable.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
+from perilune.moe.router import Router
 from perilune.parallel import mesh as meshes
 from perilune.pretrain import model as models
-from perilune.pretrain import rules, step
+from perilune.pretrain import optimizer, rules, step
+from perilune.pretrain.data.batch import PackedBatch
 from perilune.pretrain.hf.table import Block, blocks
 from perilune.pretrain.objective import next_token
+from perilune.pretrain.parity import fixture
 from perilune.pretrain.schema import Config
+from perilune.pretrain.timetable import StepPlan
 
-Piece = tuple[str, tuple[int, ...], tuple[int, ...], torch.Tensor]  # checkpoint key, global shape, offset, values
+# Checkpoint key, global shape, offset, values: of numpy, which travels between processes without a file descriptor.
+Piece = tuple[str, tuple[int, ...], tuple[int, ...], np.ndarray]
 
 
 def _parts(model: Any) -> Any:
@@ -38,6 +45,11 @@ def _parts(model: Any) -> Any:
                 yield state[name], entry, None
 
 
+def _sizes(part: ShardedTensor) -> tuple[int, ...]:
+    """The shard's size along every dim of the global tensor (Transformer Engine's experts lack the dim of experts)."""
+    return (1,) * part.prepend_axis_num + tuple(part.local_shape)
+
+
 def load(config: Config, model: Any, weights: dict[str, torch.Tensor]) -> None:
     """Put `weights` (Hugging Face names) into this rank's shards."""
     whole: dict[str, list[tuple[Block, torch.Tensor]]] = {}
@@ -49,7 +61,7 @@ def load(config: Config, model: Any, weights: dict[str, torch.Tensor]) -> None:
             full = torch.full(part.global_shape, float("nan"))
             for block, value in whole[part.key]:
                 full[block.index] = value
-            place = tuple(slice(o, o + n) for o, n in zip(part.global_offset, part.local_shape, strict=True))
+            place = tuple(slice(o, o + n) for o, n in zip(part.global_offset, _sizes(part), strict=True))
             target = tensor if cut is None else tensor.narrow(*cut)
             target.copy_(full[place].reshape(target.shape))
 
@@ -63,7 +75,7 @@ def named(config: Config, pieces: list[list[Piece]], part: bool = False) -> dict
     for rank in pieces:
         for key, shape, offset, values in rank:
             whole = full.setdefault(key, torch.full(shape, float("nan")))
-            whole[tuple(slice(o, o + n) for o, n in zip(offset, values.shape, strict=True))] = values
+            whole[tuple(slice(o, o + n) for o, n in zip(offset, values.shape, strict=True))] = torch.from_numpy(values)
     wanted = (b for b in blocks(config.model) if not b.copy and (not part or b.ours in full))
     return {b.theirs: full[b.ours][b.index] for b in wanted}
 
@@ -74,9 +86,9 @@ def pieces(model: models.Model, values: Callable[[torch.Tensor], torch.Tensor | 
     for tensor, part, cut in _parts(model):
         value = values(tensor)
         if value is not None:
-            value = value if cut is None else value.narrow(*cut)
-            value = value.detach().float().clone().reshape(part.local_shape)
-            found.append((part.key, tuple(part.global_shape), tuple(part.global_offset), value))
+            own = (value if cut is None else value.narrow(*cut)).detach().float().cpu().numpy()
+            piece = own.reshape(_sizes(part)).copy()
+            found.append((part.key, tuple(part.global_shape), tuple(part.global_offset), piece))
     return found
 
 
@@ -90,6 +102,86 @@ def initial(config: Config) -> list[Piece]:
     """This rank's weights as a new run would draw them."""
     model, _ = _start(config)
     return pieces(model, lambda tensor: tensor)
+
+
+def draw(config: Config, whole: PackedBatch) -> list[Piece]:
+    """Weights of one rank for a fixture: norms and biases off their neutral values, gates that decide by a margin."""
+    model, _ = _start(config)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in (p for chunk in model.bare() for p in chunk.parameters() if p.ndim == 1):
+            # Below 1, so that fp32 resolves an update: its last digit at 1 is a tenth of a step of the optimizer.
+            parameter.copy_(0.35 * (1 + 0.1 * torch.randn(parameter.shape, generator=generator)))
+
+    def choose(router: Router, arguments: tuple[torch.Tensor, ...]) -> None:
+        x_TH = arguments[0].flatten(0, -2)
+        gate_EH, bias_E = fixture.draw_gate(x_TH, config.model, f"{router.layer_number}{router.is_mtp_layer}")
+        router.weight.data.copy_(gate_EH)
+        router.expert_bias.copy_(bias_E)
+
+    for _, router in model.routers():
+        router.register_forward_pre_hook(choose)
+    step.evaluate(model, iter([(whole, 1)]), next_token)
+    return pieces(model, lambda tensor: tensor)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One rank's view of some steps."""
+
+    steps: list[step.StepResult]
+    gradients: list[Piece]  # of the first step, after clipping
+    biases: list[Piece]  # of the routers, at the end
+    weights: list[Piece]  # at the end
+    margin: float  # by which this rank's routers decided, at the closest
+
+
+def train(config: Config, weights: str, batch: list[PackedBatch], steps: int) -> Trained:
+    """`steps` training steps of this layout on the same global batch, from the weights in the file `weights`."""
+    model, dp = _start(config)
+    load(config, model, torch.load(weights, mmap=True, weights_only=True))
+    adam = optimizer.build(config, model)
+    mine = batch[parallel_state.get_data_parallel_rank() :: dp]
+    plan = StepPlan(
+        rows=config.train.global_batch_size,
+        lr=config.optim.lr,
+        mtp_weight=fixture.MTP_WEIGHT,
+        bias_speed=fixture.BIAS_SPEED,
+    )
+    margins = [float("inf")]
+
+    def decided(router: Router, arguments: tuple[torch.Tensor, ...], result: Any) -> None:
+        raw_TE = torch.sigmoid(arguments[0].flatten(0, -2).float() @ router.weight.float().T)
+        margins.append(fixture.margin(raw_TE, router.expert_bias, config.model))
+
+    for _, router in model.routers():
+        router.register_forward_hook(decided)
+    results: list[step.StepResult] = []
+    gradients: list[Piece] = []
+    for _ in range(steps):
+        results.append(step.train_step(model, adam, mine, next_token, plan, clip=config.optim.clip))
+        if not gradients:
+            _gather_gradients(model)
+            gradients = pieces(model, lambda t: getattr(t, "main_grad", None))
+    return Trained(
+        results,
+        gradients,
+        pieces(model, lambda t: None if isinstance(t, torch.nn.Parameter) else t),
+        pieces(model, lambda t: t if isinstance(t, torch.nn.Parameter) else None),
+        min(margins),
+    )
+
+
+def _gather_gradients(model: models.Model) -> None:
+    """With ZeRO-1 a rank has reduced its own shard of the gradients only: fetch the others' into the buffers."""
+    for chunk in model.chunks:
+        for buffer in chunk.buffers + chunk.expert_parallel_buffers:
+            group = buffer.data_parallel_group
+            if not chunk.ddp_config.use_distributed_optimizer or group.size() == 1:
+                continue
+            for bucket in buffer.buckets:
+                shard = bucket.grad_data.chunk(group.size())[group.rank()].clone()
+                dist.all_gather_into_tensor(bucket.grad_data, shard, group=group)
 
 
 def gradients(config: Config, weights: dict[str, torch.Tensor], batch: Any, mtp_weight: float) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from perilune.moe import backbone
 from perilune.parallel import mesh as meshes
 from perilune.pretrain import model as models
 from perilune.pretrain import rules
-from perilune.pretrain.plan.counts import RankCount
+from perilune.pretrain.plan.ranks import RankCount
 from perilune.pretrain.schema import Config
 
 

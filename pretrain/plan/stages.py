@@ -1,71 +1,70 @@
-"""Which layers a pipeline stage holds, from the degrees or from Megatron's layout string. Pure; no process needed."""
+"""A model's stage map: from `parallel.layout`, or balanced by the model's FLOPs. Pure; no process needed."""
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
+from functools import lru_cache
 
+from perilune.parallel import pipeline
+from perilune.parallel.mesh import LayoutError
+from perilune.parallel.pipeline import Stage, StageMap, Work
 from perilune.pretrain.errors import InputError
+from perilune.pretrain.plan.counts import flops_per_token
 from perilune.pretrain.schema import Model, Parallel
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One model chunk: a whole pipeline rank, or one of its `vpp` parts."""
-
-    layers: tuple[int, ...]  # indices of decoder layers
-    embedding: bool
-    mtp: int  # MTP layers
-    loss: bool  # final norm, head and loss
 
 
 def stages_of(model: Model, parallel: Parallel) -> tuple[Stage, ...]:
     """The pp x vpp chunks in the order that a token passes them; chunk c is on pipeline rank c % pp.
 
-    Without a layout every chunk holds as many layers, embedding first, MTP and loss last.
-
-    Raises InputError where the layers do not divide, or the layout does not hold exactly this model.
+    Raises InputError where the layers are too few for them, or the layout does not hold exactly this model.
     """
-    if parallel.layout is not None:
-        return _parse(model, parallel)
-    chunks = parallel.pp * parallel.vpp
-    if model.num_layers % chunks:
-        raise InputError(
-            f"model.num_layers={model.num_layers} does not divide into parallel.pp x parallel.vpp = {parallel.pp} x "
-            f"{parallel.vpp} = {chunks} chunks: choose degrees that divide it, or give parallel.layout"
-        )
-    each = model.num_layers // chunks
-    return tuple(
-        Stage(
-            layers=tuple(range(c * each, (c + 1) * each)),
-            embedding=c == 0,
-            mtp=model.num_nextn_predict_layers if c == chunks - 1 else 0,
-            loss=c == chunks - 1,
-        )
-        for c in range(chunks)
-    )
+    return stage_map(model, parallel).stages
 
 
-def _parse(model: Model, parallel: Parallel) -> tuple[Stage, ...]:
-    """The chunks of a layout: E embedding, t decoder layer, m MTP layer, L loss, | between chunks, x*n repeats."""
-    text = (parallel.layout or "").replace(",", "")
-    for pattern in (r"\(([^)]+)\)\*(\d+)", r"(.)\*(\d+)"):  # groups first, then single letters
-        text = re.sub(pattern, lambda found: found.group(1) * int(found.group(2)), text)
-    chunks = text.split("|")
-    flat = "".join(chunks)
-    wanted = "E" + "t" * model.num_layers + "m" * model.num_nextn_predict_layers + "L"
-    if flat != wanted or len(chunks) != parallel.pp * parallel.vpp:
-        raise InputError(
-            f"parallel.layout={parallel.layout!r} has {len(chunks)} chunks with {flat.count('t')} layers and "
-            f"{flat.count('m')} MTP layers: it must have parallel.pp x parallel.vpp = {parallel.pp * parallel.vpp} "
-            f"chunks that hold E, {model.num_layers} t, {model.num_nextn_predict_layers} m and L, in this order"
+def layout_of(model: Model, parallel: Parallel) -> str | None:
+    """The layout string that Megatron-core builds `stages_of` from; None without a pipeline. Raises as `stages_of`."""
+    return stage_map(model, parallel).layout if parallel.pp > 1 else None
+
+
+def picture(model: Model, parallel: Parallel) -> str:
+    """The stage map as text, a line each pipeline rank, and of what the costs are. Raises as `stages_of`."""
+    return f"{stage_map(model, parallel).describe(work_of(model))} (forward, rows of {model.max_position_embeddings})"
+
+
+def stage_map(model: Model, parallel: Parallel) -> StageMap:
+    """The map that `parallel.layout` gives, or the balanced one. Raises as `stages_of`."""
+    layers, mtp, layout = model.num_layers, model.num_nextn_predict_layers, parallel.layout
+    if layout is None and parallel.pp * parallel.vpp == 1:
+        layout = "E" + "t" * layers + "m" * mtp + "L"  # nothing to balance
+    try:
+        if layout is None:
+            return pipeline.balance(work_of(model), parallel.pp, parallel.vpp)
+        return pipeline.read(layout, layers=layers, mtp=mtp, pp=parallel.pp, vpp=parallel.vpp)
+    except LayoutError as error:
+        raise InputError(str(error)) from error
+
+
+@lru_cache(maxsize=64)
+def work_of(model: Model) -> Work:
+    """What each part costs in forward FLOPs a token of a row as long as the model takes; the look-up of embeddings, 0.
+
+    Not of `data.seq_len`, so that whoever knows the model and the degrees knows the map. Raises InputError for sizes
+    of which no cost follows.
+    """
+    flops = flops_per_token(model, model.max_position_embeddings)
+    dense = sum(i < model.first_k_dense_replace or not model.n_routed_experts for i in range(model.num_layers))
+    moe, mtp = max(0, model.num_layers) - dense, model.num_nextn_predict_layers
+    attention = (flops.attention_projections + flops.attention_scores) / max(1, model.num_layers)
+    experts = flops.router + flops.routed_experts + flops.shared_experts
+    try:
+        return Work(
+            dense_layers=dense,
+            moe_layers=moe,
+            mtp_layers=mtp,
+            embedding=0.0,
+            dense=attention + flops.dense_ffn / dense if dense else 0.0,
+            moe=attention + experts / moe if moe else 0.0,
+            mtp=flops.mtp / mtp if mtp else 0.0,
+            head=flops.head,
         )
-    if "m" in flat and "m" * model.num_nextn_predict_layers + "L" not in chunks[-1]:
-        # On a stage without the loss, Megatron-core 0.19 hangs or computes wrong embedding and head gradients.
-        raise InputError(f"parallel.layout={parallel.layout!r}: MTP must be in the chunk of the loss, as in '...tmL'")
-    stages, first = [], 0
-    for chunk in chunks:
-        count = chunk.count("t")
-        stages.append(Stage(tuple(range(first, first + count)), "E" in chunk, chunk.count("m"), "L" in chunk))
-        first += count
-    return tuple(stages)
+    except LayoutError as error:
+        raise InputError(str(error)) from error

@@ -170,7 +170,9 @@ def data(runs: list[Run]) -> list[Table]:
     A dataset that is not where the configuration says, or is damaged, gives a table that says so.
     """
     config = runs[0].config.data
-    blend = config.blend or ({config.path: 1.0} if config.path else {})
+    weights = config.blend or ({config.path: 1.0} if config.path else {})
+    # Of a schedule by tokens the weight that it ends with.
+    blend = {path: (w[max(w)] if w else 0.0) if isinstance(w, dict) else w for path, w in weights.items()}
     total = math.fsum(blend.values())
     tables = []
     if len(blend) > 1:

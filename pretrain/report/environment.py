@@ -13,7 +13,9 @@ import subprocess
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 from perilune.pretrain import doctor
 from perilune.pretrain.errors import InputError
@@ -21,6 +23,24 @@ from perilune.pretrain.errors import InputError
 NAME = "environment.json"
 VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 PREFIXES = ("NCCL_", "NVTE_", "CUDA_DEVICE_", "CUBLAS_", "PYTORCH_", "TORCH_NCCL_", "GLOO_")
+
+
+class _Gpu(TypedDict):
+    name: str
+    memory_bytes: Annotated[int, Field(ge=0, lt=1 << 63)]
+
+
+class _Start(TypedDict, total=False):
+    """What the report takes apart of a start; the rest is shown as it is."""
+
+    command: list[str]
+    versions: dict[str, Any]
+    memory_bytes: Annotated[int, Field(ge=0, lt=1 << 63)]
+    gpus: list[_Gpu]
+    variables: dict[str, Any]
+
+
+_STARTS = TypeAdapter(list[_Start])
 
 
 def environment(world: int, step: int = 0) -> dict[str, Any]:
@@ -72,10 +92,13 @@ def read(run_dir: Path) -> list[dict[str, Any]]:
     file = run_dir / NAME
     try:
         starts = json.loads(file.read_bytes())["starts"]
-        if not (isinstance(starts, list) and all(isinstance(start, dict) for start in starts)):
-            raise ValueError("`starts` is not a list of objects")
+        _STARTS.validate_python(starts, strict=True)
     except FileNotFoundError:
         return []
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        place = ".".join(map(str, ("starts", *wrong["loc"])))
+        raise InputError(f"{file}: not a record of environments ({place}: {wrong['msg']}); move it away") from error
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{file}: not a record of environments ({error!r}); move it away") from error
     return starts

@@ -91,7 +91,7 @@ def write_report(run: Path, compare: Sequence[Path] = (), out: Path | None = Non
     file = (out if out is not None else run / "report.html").absolute()
     partial = file.with_name(f".{file.name}.partial.{os.getpid()}")
     try:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")  # names of files need not be Unicode
         partial.replace(file)
     except OSError as error:
         partial.unlink(missing_ok=True)

@@ -4,9 +4,12 @@
 
 Both train `proxy_100m`'s shape from the same weights on the same batch with the same threads: forward, backward,
 clipping and AdamW; no MTP, no auxiliary loss, one document a row. Rounds alternate between the two, so that a machine
-whose speed drifts is fair to both; the ratio is the median of the rounds'. transformers runs each of its expert
-implementations with SDPA, and the best counts; in bf16 it runs both with autocast over fp32 weights and all in bf16,
-while Perilune always keeps fp32 masters. `matmul fraction` is model FLOPs a second over the rate of a large matmul.
+whose speed drifts is fair to both; the ratio is the median of the rounds'. transformers runs its expert
+implementations with SDPA, and the best counts (`batched_mm` is left out: it copies the chosen experts' weights for
+every token, 52 GB here); in bf16 it runs both with autocast over fp32 weights and all in bf16, while Perilune always
+keeps fp32 masters. `matmul fraction` is model FLOPs a second over the rate of a large matmul. Memory is the peak
+resident size of a process of its own that takes two steps; transformers' in bf16 is that with autocast, whose weights
+and optimizer state are fp32 like ours.
 """
 
 from __future__ import annotations
@@ -15,7 +18,10 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 import warnings
@@ -43,6 +49,7 @@ from perilune.pretrain.step import train_step
 from perilune.pretrain.timetable import StepPlan
 
 SEQ_LEN, CLIP = 1024, 1.0
+EXPERTS = ("grouped_mm", "eager")
 Step = Callable[[], float]  # takes one step, returns its loss
 
 
@@ -92,7 +99,7 @@ def write_folder(config: Config, net: models.Model, folder: Path) -> None:
     save_file(
         {name: tensor.contiguous() for name, tensor in weights.items()}, folder / "model.safetensors", {"format": "pt"}
     )
-    described = config_to_hf(config.model, dtype=torch.float32, bos=None, eos=None, pad=None)
+    described = config_to_hf(config.model)
     (folder / "config.json").write_text(json.dumps(described))
 
 
@@ -120,7 +127,7 @@ def measure(compute: str, tokens: np.ndarray, rounds: int) -> list[dict[str, obj
         write_folder(config, net, Path(temporary))
         rivals: list[tuple[float, str, Step]] = []
         for how in ("fp32",) if compute == "fp32" else ("autocast", "bf16"):
-            for experts in ("grouped_mm", "batched_mm", "eager"):
+            for experts in EXPERTS:
                 try:
                     step = theirs(Path(temporary), tokens, config, experts, how)
                     first = timed(step)
@@ -132,6 +139,7 @@ def measure(compute: str, tokens: np.ndarray, rounds: int) -> list[dict[str, obj
         _, rival_name, rival = rivals[0]
         mine()
         pairs = [(timed(mine), timed(rival)) for _ in range(rounds)]
+        used = memory(compute, len(tokens), Path(temporary))
     count = tokens.size
     rate = matmul_rate(torch.float32 if compute == "fp32" else torch.bfloat16)
     ratio = statistics.median(theirs_s / ours_s for ours_s, theirs_s in pairs)
@@ -143,7 +151,36 @@ def measure(compute: str, tokens: np.ndarray, rounds: int) -> list[dict[str, obj
     return [
         entry(f"step_{compute}_vs_transformers", speed[0], speed[1], ratio, "tokens/s"),
         entry(f"step_{compute}_matmul_fraction", speed[0] * flops, rate, fraction, "FLOP/s"),
+        used,
     ]
+
+
+def peak_memory(who: str, compute: str, tokens: np.ndarray) -> None:
+    """Print this process's peak resident bytes after two steps of `who`."""
+    config = shape(compute)
+    if who == "ours":
+        step, _ = ours(config, tokens)
+    else:
+        folder = Path(os.environ["BENCH_FOLDER"])
+        step = theirs(folder, tokens, config, EXPERTS[0], "fp32" if compute == "fp32" else "autocast")
+    step(), step()
+    # Not ru_maxrss, which survives fork and exec: it would be the parent's.
+    peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert peak is not None
+    print(int(peak[1]) * 1024)
+
+
+def memory(compute: str, rows: int, folder: Path) -> dict[str, object]:
+    peaks = []
+    for who in ("ours", "theirs"):
+        command = [sys.executable, "-W", "ignore", __file__, "--rows", str(rows), "--peak", who, "--compute", compute]
+        done = subprocess.run(
+            command, env={**os.environ, "BENCH_FOLDER": str(folder)}, capture_output=True, text=True, check=True
+        )
+        peaks.append(int(done.stdout.split()[-1]))
+    ratio = peaks[0] / peaks[1]
+    print(f"{compute}: peak memory {peaks[0] / 1e9:.2f} GB, transformers {peaks[1] / 1e9:.2f} GB, ratio {ratio:.2f}")
+    return entry(f"step_{compute}_peak_memory", peaks[0], peaks[1], ratio, "bytes")
 
 
 def entry(name: str, ours: float, rival: float, ratio: float, unit: str) -> dict[str, object]:
@@ -156,6 +193,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--peak", choices=("ours", "theirs"), help=argparse.SUPPRESS)  # one process's memory
+    parser.add_argument("--compute", choices=("fp32", "bf16"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -164,6 +203,9 @@ def main() -> None:
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     meshes.start(rules.mesh_of(shape("fp32"), 1))
     tokens = np.random.default_rng(0).integers(0, shape("fp32").model.vocab_size, (arguments.rows, SEQ_LEN))
+    if arguments.peak:
+        peak_memory(arguments.peak, arguments.compute, tokens)
+        return
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, {torch.get_num_threads()} threads, "
           f"{arguments.rows} x {SEQ_LEN} tokens, {time.strftime('%Y-%m-%d')}")  # fmt: skip
     results = [entry for compute in ("fp32", "bf16") for entry in measure(compute, tokens, arguments.rounds)]

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perilune.pretrain.data.collate import collate
-from perilune.pretrain.data.shard import Row
+from perilune.pretrain.data.shard import Row, RowImage
 
 
 def naive(rows: list[Row], depth: int, document_mask: bool) -> tuple[list, list, list, list, list]:
@@ -61,3 +61,13 @@ def test_a_row_by_hand(document_mask: bool) -> None:
     else:
         assert batch.labels.tolist() == [[6, 7, 8, 0], [7, 8, 0, 0]]
         assert batch.positions.tolist() == [0, 1, 2, 3]
+
+
+def test_images_arrive_encoded_with_their_places() -> None:
+    image = RowImage(b"\xff\xd8 not decoded", "jpg", 1, 2, (2, 4))
+    plain = Row("0", np.array([5, 9, 9, 8], "<u2"), np.array([0, 4], "<i4"), np.ones(4, "u1"))
+    batch = collate([plain, Row("1", *list(vars(plain).values())[1:4], images=(image,))], 0, True)
+    (found,) = batch.images
+    assert (found.start, found.tokens, found.grid, found.data) == (5, 2, (2, 4), image.data)
+    assert batch.inputs[0, found.start : found.start + found.tokens].tolist() == [9, 9]
+    assert batch.to("cpu").images == batch.images

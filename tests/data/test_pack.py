@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from perilune.pretrain.data import pack as module
 from perilune.pretrain.data.pack import pack
-from perilune.pretrain.data.packing import Piece, best_fit_decreasing, plan
+from perilune.pretrain.data.packing import Limits, Piece, best_fit_decreasing, plan
 from perilune.pretrain.data.reader import PackedDataset
-from perilune.pretrain.data.tokenizer import Tokenizer
+from perilune.pretrain.data.tokenizer import Tokenizer, train_tokenizer
 from perilune.pretrain.errors import InputError
 
 
@@ -58,14 +58,13 @@ def reassembled(path: Path) -> dict[int, list[int]]:
     return documents
 
 
-@pytest.mark.parametrize("buffer_tokens", [1 << 25, 500], ids=["one buffer", "many buffers"])
+@pytest.mark.parametrize("buffer_tokens", [1 << 25, 500, 0], ids=["one buffer", "many buffers", "globally"])
 def test_every_document_comes_back_whole(
     tmp_path: Path, corpus: str, texts: list[str], tokenizer_path: Path, tokenizer: Tokenizer,
     buffer_tokens: int, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(module, "BUFFER_TOKENS", buffer_tokens)
     monkeypatch.setattr(module, "BATCH_DOCUMENTS", 7)
-    stats = pack([corpus], tmp_path / "data", tokenizer_path, 48, shuffle_seed=3)["all"]
+    stats = pack([corpus], tmp_path / "data", tokenizer_path, 48, shuffle_seed=3, buffer_tokens=buffer_tokens)["all"]
     expected = [[*ids.tolist(), tokenizer.eos_id] for ids in tokenizer.encode_batch(texts)]
     found = reassembled(tmp_path / "data")
     assert [found[i] for i in range(len(expected))] == expected
@@ -81,7 +80,9 @@ def test_every_document_comes_back_whole(
 @settings(deadline=None, max_examples=150)
 @given(st.lists(st.integers(1, 200), max_size=80), st.integers(1, 64))
 def test_plan_keeps_every_token_once_and_rows_are_full(lengths: list[int], seq_len: int) -> None:
-    rows, rest = plan([Piece(doc, 0, length) for doc, length in enumerate(lengths)], seq_len)
+    rows, still_open = plan([Piece(doc, 0, length) for doc, length in enumerate(lengths)], seq_len)
+    assert len(still_open) <= 1
+    rest = [piece for row in still_open for piece in row]
     assert all(sum(piece.length for piece in row) == seq_len for row in rows)
     assert sum(piece.length for piece in rest) < seq_len
     places = [(p.doc, p.start + i) for row in [*rows, rest] for p in row for i in range(p.length)]
@@ -95,9 +96,11 @@ def test_few_documents_are_split() -> None:
     splits = sum(piece.start > 0 for row in rows for piece in row)
     forced = int(((lengths - 1) // 8192).sum())
     assert splits - forced <= 0.15 * len(rows), f"{splits - forced} splits in {len(rows)} rows"
-    _, still_open = best_fit_decreasing([Piece(doc, 0, int(n % 8192 or 8192)) for doc, n in enumerate(lengths)], 8192)
+    _, still_open = best_fit_decreasing(
+        [Piece(doc, 0, int(n % 8192 or 8192)) for doc, n in enumerate(lengths)], Limits(8192)
+    )
     assert splits - forced <= len(still_open), "one split a row that best-fit decreasing left open, at most"
-    room = sum(8192 - sum(piece.length for piece in row) for row in still_open[:-1])
+    room = sum(row.room for row in still_open[:-1])
     assert room <= 0.001 * lengths.sum(), f"{room} of {lengths.sum()} tokens of room before splitting"
 
 
@@ -139,6 +142,14 @@ def test_a_run_cut_short_is_no_dataset_and_starts_again(
     assert (tmp_path / "mine" / "shard-000000.tar").read_text() == "someone's"
 
 
+def test_an_output_folder_that_cannot_be_made_is_refused(tmp_path: Path, corpus: str, tokenizer_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="file/data cannot be made: Not a directory; name another --out"):
+        pack([corpus], tmp_path / "file" / "data", tokenizer_path, 64)
+    with pytest.raises(InputError, match="file cannot be made: File exists; name another --out"):
+        train_tokenizer([corpus], tmp_path / "file" / "tok", 400)
+
+
 def test_held_out_documents(tmp_path: Path, corpus: str, texts: list[str], tokenizer_path: Path, tokenizer: Tokenizer):
     stats = pack([corpus], tmp_path / "data", tokenizer_path, 64, valid_fraction=0.1)
     assert stats["train"]["documents"] + stats["valid"]["documents"] == len(texts)
@@ -163,7 +174,7 @@ def test_less_than_a_row_of_text(tmp_path: Path, tokenizer_path: Path, tokenizer
 def test_the_manifest_says_from_what_and_where(packed: Path, corpus: str) -> None:
     manifest = json.loads((packed / "manifest.json").read_text())
     assert [file["name"] for file in manifest["recipe"]["files"]] == [corpus]
-    assert manifest["format_version"] == 1 and manifest["tokens"] == manifest["rows"] * 64
+    assert manifest["format_version"] == 2 and manifest["tokens"] == manifest["rows"] * 64
     shard = manifest["shards"][1]
     sample = dict(zip(manifest["sample_fields"], shard["samples"][3], strict=True))
     data = (packed / shard["name"]).read_bytes()

@@ -28,7 +28,7 @@ def copy(tmp_path: Path, packed: Path) -> Path:
 
 def place(path: Path, shard: int, sample: int) -> tuple[str, int, int]:
     """(key, offset, length) of a sample."""
-    key, offset, length, _ = read_manifest(path)["shards"][shard]["samples"][sample]
+    key, offset, length, *_ = read_manifest(path)["shards"][shard]["samples"][sample]
     return key, offset, length
 
 
@@ -90,7 +90,7 @@ def test_manifest(copy: Path) -> None:
     for bad, says in [
         (good[: len(good) // 2], "not JSON"),
         (good.replace('"rows":', '"rows" :').replace("64", "65", 1), "checksum"),
-        (good.replace('"format_version":1', '"format_version":2'), "version 2; this Perilune reads 1"),
+        (good.replace('"format_version":2', '"format_version":1'), "version 1; this Perilune reads 2"),
         ("[" * 100_000, "not JSON"),
         ("[]", "not the manifest"),
     ]:
@@ -110,12 +110,13 @@ def test_manifest(copy: Path) -> None:
         lambda m: m["shards"][0]["samples"][0].__setitem__(1, -512),
         lambda m: m["shards"][0]["samples"][0].__setitem__(2, 1 << 40),
         lambda m: m["shards"][0]["samples"][0].__setitem__(3, 1 << 99),
+        lambda m: m["shards"][0]["samples"][0].__setitem__(4, 64 * 64 + 1),
         lambda m: m["shards"][0]["samples"].pop(),
         lambda m: m["shards"][0].pop("samples"),
         lambda m: m.update(seq_len="64"),
         lambda m: m["tokenizer"].update(vocab_size=-1),
     ],
-    ids=["path", "offset", "length", "crc", "fewer", "none", "type", "vocabulary"],
+    ids=["path", "offset", "length", "crc", "squares", "fewer", "none", "type", "vocabulary"],
 )
 def test_a_manifest_that_lies(copy: Path, change: Callable[[dict[str, Any]], None]) -> None:
     manifest = read_manifest(copy)
@@ -151,7 +152,7 @@ def test_no_pickle_and_no_foreign_member_is_read() -> None:
     link = bytearray(good)
     link[156] = ord("2")
     for data, says in [
-        (good.replace(b"'<u2'", b"'|O' "), "values of object"),
+        (good.replace(b"'<u2'", b"'|O' "), "not one of plain integers"),
         (good.replace(b"(8,)", b"(9,)", 1), "9 values"),
         (good.replace(b"\x93NUMPY\x01", b"\x93NUMPY\x03", 1), "version 1.0"),
         (good.replace(b"\x93NUMPY", b"\x80\x04evil", 1), "not a .npy"),

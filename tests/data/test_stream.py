@@ -37,7 +37,7 @@ def run(stream: Stream, state: DataState, steps: int, ranks: int, size: int) -> 
     """The sample ids of each global batch, and the state after."""
     found = []
     for _ in range(steps):
-        batches = [b for r in range(ranks) for b in stream.micro_batches(state, ROWS, r, ranks, size)]
+        batches = [b for r in range(ranks) for b in stream.read(state, ROWS, r, ranks, size)[0]]
         names = [name for batch in batches for name in batch.sample_ids]
         assert len(names) == len(set(names)) == ROWS
         found.append(set(names))
@@ -65,7 +65,7 @@ def test_reading_ahead_gives_the_same_tensors(packed: Path) -> None:
     plain, ahead = open_one(packed, 0), open_one(packed, 1)
     state = plain.initial_state()
     for rows in (8, 8, 16, 8):
-        two = [stream.micro_batches(state, rows, 1, 2, 2) for stream in (plain, ahead)]
+        two = [stream.read(state, rows, 1, 2, 2)[0] for stream in (plain, ahead)]
         for a, b in zip(*two, strict=True):
             for name, value in vars(a).items():
                 other = getattr(b, name)
@@ -96,6 +96,16 @@ def test_a_blend_keeps_its_weights_at_every_step(packed: Path, other: Path) -> N
         assert [state.counters[p] - before.counters[p] for p in weights] == [chosen[0], chosen[1]]
         assert abs(state.counters[str(packed)] - state.samples * 2 / 3) < 1
     stream.close()
+    # by a schedule: the second dataset alone from 40 rows on, whatever the batches
+    phases = {str(packed): {0: 1.0, 40 * 64: 0.0}, str(other): {40 * 64: 1.0}}
+    stream = open_stream(schema.Data(blend=phases, seq_len=64, workers=0), 1, depth=0)
+    ids, state = [], stream.initial_state()
+    for rows in (7, 30, 9, 4):
+        ids += stream.global_batch_ids(state, rows)
+        state = stream.advance(state, rows)
+        stream.check_state(state)
+    assert [d for d, _ in ids] == [0] * 40 + [1] * 10 and state.counters[str(other)] == 10
+    stream.close()
     # one content under two names is not read in the same order
     both = open_stream(schema.Data(blend={str(other): 1.0, str(other) + "/": 1.0}, seq_len=64), 1, depth=0)
     ids = both.global_batch_ids(both.initial_state(), 2 * len(PackedDataset(other)))
@@ -106,7 +116,7 @@ def test_a_blend_keeps_its_weights_at_every_step(packed: Path, other: Path) -> N
 def test_refusals(packed: Path, other: Path, tmp_path: Path, corpus: str) -> None:
     stream = open_one(packed)
     with pytest.raises(InputError, match=r"24 rows does not divide by 5 data-parallel ranks x .* 1 rows = 5"):
-        stream.micro_batches(stream.initial_state(), ROWS, 0, 5, 1)
+        stream.read(stream.initial_state(), ROWS, 0, 5, 1)
     with pytest.raises(InputError, match="resume with the same data"):
         stream.check_state(open_one(other).initial_state())
     with pytest.raises(InputError, match=r"rows of 64 tokens, but data\.seq_len is 128"):
@@ -117,8 +127,6 @@ def test_refusals(packed: Path, other: Path, tmp_path: Path, corpus: str) -> Non
         open_stream(schema.Data(path=str(packed), blend={str(other): 1.0}), 1, depth=1)
     with pytest.raises(InputError, match="weights must be positive"):
         open_stream(schema.Data(blend={str(other): -1.0}, seq_len=64), 1, depth=1)
-    with pytest.raises(InputError, match="not built yet"):
-        open_one(packed, on_damage="quarantine")
     with pytest.raises(InputError, match="does not add up"):
         DataState.from_dict({"samples": 3, "tokens": 1, "counters": {"a": 2}, "fingerprints": {"a": ""}})
     with pytest.raises(InputError, match="cannot be read"):

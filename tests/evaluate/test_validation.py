@@ -12,9 +12,9 @@ import evaluate_ranks as ranks
 import pytest
 
 from perilune.parallel.workers import Workers
+from perilune.pretrain.data.mixture import source_of
 from perilune.pretrain.data.reader import PackedDataset
 from perilune.pretrain.data.tokenizer import load_tokenizer
-from perilune.pretrain.evaluate.validation import source_of
 from perilune.pretrain.schema import Config, Data, Model, Valid
 
 
@@ -116,9 +116,10 @@ def test_refusals(run: tuple[Path, float, float], workers: Workers, packed: Path
         "f:1: context and choice are",
         "--prompt 'The Moon' has",
         "--prompt '': the first token is predicted from nothing",
+        "--prompt 'The \\udcff': bytes that are not UTF-8",
         "the training data with another",
         "its tokenizer has 400 tokens, the model 300",
-        "is neither a run",
+        "nor a checkpoint nor a Hugging Face folder (config.json)",
     ]
     assert len(said) == len(expected)
     for message, part in zip(said, expected, strict=True):

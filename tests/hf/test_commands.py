@@ -62,6 +62,9 @@ def test_export_options(home: Path, tmp_path: Path) -> None:
     [
         (["export", "ck", "--out", "x"], "is there already"),
         (["export", "x", "--out", "y"], "neither a run with a complete checkpoint"),
+        (["export", "ck", "--out", "x/config.json/y"], "cannot be made"),
+        (["import", "x", "--out", "x/config.json/y"], "cannot be made"),
+        (["eval", ".", "--max-rows", "1"], "nor a Hugging Face folder"),
         (["export", "ck", "--out", "y", "--max-shard-size", "lots"], "--max-shard-size 'lots'"),
         (["import", "x", "--out", "ck"], "is there already"),
         (["import", "ck", "--out", "y"], "config.json is missing"),
@@ -69,7 +72,7 @@ def test_export_options(home: Path, tmp_path: Path) -> None:
     ],
 )
 def test_bad_input_is_exit_code_2(words: list[str], said: str, home: Path) -> None:
-    words = [str(home / word) if word in ("x", "y", "ck") else word for word in words]
+    words = [str(home / word) if word.partition("/")[0] in ("x", "y", "ck", ".") else word for word in words]
     done = run(*words)
     assert done.exit_code == 2 and said in done.output and done.output.startswith("perilune: error: ")
     assert not (home / "y").exists()
@@ -102,13 +105,13 @@ def with_data(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     pack([str(text)], base / "packed", base / "tok", 64)
     step = base / "run" / "checkpoints" / "step_00000000"
     shutil.copytree(home / "ck", step)
+    model = configs.load(step / "config.yaml").model
+    configs.save(Config(model=model, data=Data(path=str(base / "packed"))), step / "config.yaml")
     body = checkpoint_files.read_manifest(step)
     body.pop("format")
-    body["files"].pop("config.yaml")
+    body["files"] |= checkpoint_files.describe(step, ["config.yaml"])
     body["run_state"] = {"step": 0}
     checkpoint_files.write_manifest(step, body)
-    model = configs.load(step / "config.yaml").model
-    configs.save(Config(model=model, data=Data(path=str(base / "packed"))), base / "run" / "config.yaml")
     return base
 
 
@@ -129,6 +132,18 @@ def test_tokenizer_of_the_run(with_data: Path, tmp_path: Path, pool: Workers) ->
     import_hf(tmp_path / "y", tmp_path / "again")  # and comes along where the folder it was imported from is there
     export(tmp_path / "again", tmp_path / "z")
     assert (tmp_path / "z/tokenizer.json").read_bytes() == (with_data / "tok/tokenizer.json").read_bytes()
+
+
+def test_the_card_holds_what_the_run_measured_at_that_step(with_data: Path, tmp_path: Path) -> None:
+    lines = [{"step": 1, "loss": 9.0}, {"step": 0, "loss": 2.5, "valid_loss": 2.0, "valid_bpb": 1.25}]
+    (with_data / "run" / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 0')
+    export(with_data / "run", tmp_path / "y")
+    card = (tmp_path / "y/README.md").read_text()
+    assert "| Training loss | 2.5000 nats a token, in the last step |" in card
+    assert "| Validation | 1.2500 bits a byte, 2.0000 nats a token |" in card
+    shutil.copytree(with_data / "run" / "checkpoints" / "step_00000000", tmp_path / "moved")
+    export(tmp_path / "moved", tmp_path / "z")
+    assert "Training loss" not in (tmp_path / "z/README.md").read_text()
 
 
 def test_another_tokenizer_is_refused(with_data: Path, tmp_path: Path) -> None:

@@ -245,10 +245,24 @@ def _config(path: Path, **changes: Any) -> None:
     checkpoint_files.write_manifest(path, body)
 
 
+def _unlisted(path: Path) -> None:
+    body = checkpoint_files.read_manifest(path)
+    body["files"].pop("config.yaml")
+    body.pop("format")
+    checkpoint_files.write_manifest(path, body)
+
+
+def _packed(path: Path) -> None:
+    (path / "manifest.json").write_text('{"format": "perilune-packed", "format_version": 1}')
+
+
 CHECKPOINT: dict[str, tuple[Callable[[Path], None], str]] = {
     "one bit": (lambda p: _flip(p / "__0_0.distcp"), "SHA-256"),
     "one bit of metadata": (lambda p: _flip(p / ".metadata"), "SHA-256"),
     "one bit of the configuration": (lambda p: _flip(p / "config.yaml"), "SHA-256"),
+    "the configuration gone": (lambda p: (p / "config.yaml").unlink(), "config.yaml is missing"),
+    "no configuration listed": (lambda p: _unlisted(p), "its manifest lists no config.yaml"),
+    "a packed dataset": (lambda p: _packed(p), "is no checkpoint: its manifest.json is of the format perilune-packed"),
     "cut": (lambda p: os.truncate(p / "__0_0.distcp", 1000), "has 1000 bytes"),
     "a file less": (lambda p: (p / "__0_0.distcp").unlink(), "is missing"),
     "no manifest": (lambda p: (p / "manifest.json").unlink(), "neither a run"),
@@ -308,6 +322,14 @@ def test_memory_is_a_few_tensors_not_the_model(tmp_path: Path) -> None:
     assert growth < 6 * largest
     growth = _peak_growth(lambda: export(tmp_path / "checkpoint", tmp_path / "y"))
     assert growth < 6 * largest
+
+
+def test_memory_is_a_few_experts_not_a_layer_of_them(tmp_path: Path) -> None:
+    model = replace(folders.TINY, n_routed_experts=64, hidden_size=128, moe_intermediate_size=128, vocab_size=256)
+    layer = 64 * 2 * 128 * 128 * 4
+    x = folders.write(tmp_path / "x", model)
+    assert _peak_growth(lambda: import_hf(x, tmp_path / "checkpoint")) < layer / 2
+    assert _peak_growth(lambda: export(tmp_path / "checkpoint", tmp_path / "y")) < layer / 2
 
 
 def test_shard_sizes_in_words() -> None:

@@ -154,7 +154,7 @@ def trained(tmp_path: Path, pool: Workers, compute: str, **parallel: int) -> tup
 
 def test_trained_with_tensor_parallelism(tmp_path: Path, pool: Workers) -> None:
     """Shards are put together as Megatron-core's own loading does it; `--init-from` gives the same model."""
-    config, run = trained(tmp_path, pool, "fp32", tp=2)
+    config, run = trained(tmp_path, pool, "fp32", tp=2, etp=2)  # parts of experts too
     export(run, tmp_path / "y", verified_by=partial(verify, workers=pool))
     theirs = transformers_logits(tmp_path / "y", MODEL, ROWS)[0]
     loaded = pool.run(1, ranks.logits_of, config, run / "checkpoints" / "step_00000002", ROWS)[0][0]
@@ -162,6 +162,10 @@ def test_trained_with_tensor_parallelism(tmp_path: Path, pool: Workers) -> None:
     import_hf(tmp_path / "y", tmp_path / "again")
     again = pool.run(1, ranks.logits_of, config, tmp_path / "again", ROWS)[0][0]
     assert torch.equal(again, loaded)
+    moved = shutil.move(run / "checkpoints" / "step_00000002", tmp_path / "moved")
+    export(moved, tmp_path / "z")
+    same_tensors(tmp_path / "y", tmp_path / "z")
+    assert "# moved, step 2" in (tmp_path / "z" / "README.md").read_text()
     card = (tmp_path / "y" / "README.md").read_text()
     assert "| Tokens trained | 128 |" in card and "| Steps | 2 |" in card and "| Verified | logits equal" in card
 

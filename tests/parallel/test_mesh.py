@@ -14,8 +14,13 @@ def test_data_parallel_ranks_are_what_remains() -> None:
 @pytest.mark.parametrize(
     ("degrees", "words"),
     [
-        ({"world": 6, "tp": 4}, ["tp*pp*cp = 4*1*1 = 4", "6 processes", "4 or 8"]),
-        ({"world": 4, "ep": 3}, ["etp*ep*pp = 1*3*1 = 3", "[1, 2, 4]"]),
+        ({"world": 6, "tp": 4}, ["tp*pp*cp = 4*1*1 = 4", "6 processes", "4 or 8", "tp=3 or 6"]),
+        ({"world": 2048, "tp": 5}, ["2048 processes", "2045 or 2050", "tp=4 or 8"]),
+        ({"world": 1024, "tp": 3, "cp": 2}, ["3*1*2 = 6", "tp=2 or 4"]),
+        ({"world": 4, "ep": 3}, ["etp*ep*pp = 1*3*1 = 3", "ep=2 or 4"]),
+        ({"world": 4, "etp": 3}, ["3*1*1 = 3", "etp=2 or 4"]),
+        ({"world": 4, "ep": 2, "etp": 8}, ["8*2*1 = 16", "etp=2"]),
+        ({"world": 4, "ep": 3, "etp": 3}, ["3*3*1 = 9", "no single one"]),
         ({"world": 4, "vpp": 2}, ["parallel.vpp=2", "parallel.pp"]),
         ({"world": 4, "tp": 0}, ["parallel.tp=0", "at least 1"]),
     ],

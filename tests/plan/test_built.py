@@ -8,7 +8,9 @@ import pytest
 
 from perilune.pretrain import presets
 from perilune.pretrain.plan.built import count_rank
-from perilune.pretrain.plan.counts import parameters, parameters_per_rank
+from perilune.pretrain.plan.counts import parameters
+from perilune.pretrain.plan.ranks import parameters_per_rank
+from perilune.pretrain.plan.stages import stages_of
 from perilune.pretrain.schema import Config, Precision
 
 
@@ -26,8 +28,21 @@ LAYOUTS = {
         32,
     ),
     "moonlight": (plain("moonlight_16b_a3b", tp=2, pp=1, ep=8), 8),
+    "deepseek_v3 balanced over 16 x 2, last chunk empty": (plain("deepseek_v3", vpp=2, ep=1, layout=None), 16),
+    "moonlight, 27 layers balanced over 4 x 2": (plain("moonlight_16b_a3b", tp=1, pp=4, vpp=2, ep=1), 4),
+    "moonlight balanced over 8, no MTP, last chunk empty": (plain("moonlight_16b_a3b", tp=1, pp=8, ep=1), 8),
     "proxy_100m": (plain("proxy_100m", pp=4, tp=2, ep=2), 8),
+    "proxy_100m, embedding and head alone": (plain("proxy_100m", pp=4, layout="E|tttt||ttttmL"), 4),
+    "proxy_100m, final norm away from the loss": (plain("proxy_100m", pp=2, vpp=2, layout="E|tttt|tttt|mL"), 2),
 }
+
+
+def test_the_balanced_ones_have_such_chunks() -> None:
+    """Without this the cases could come to test another map unseen."""
+    for layout, (config, _) in LAYOUTS.items():
+        if "chunk empty" in layout:
+            stages = stages_of(config.model, config.parallel)
+            assert [not stages[0].layers, not stages[-1].layers] == ["first" in layout, "last" in layout], layout
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -235,6 +235,11 @@ def test_nothing_in_the_page_refers_to_a_network(tmp_path: Path) -> None:
     assert policy is not None and policy.startswith("default-src 'none';")
 
 
+def test_text_that_is_not_unicode_is_spelled_out(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", 2, starts=[{"step": 0, "cpu": "A\udcffB"}])
+    assert "A\\udcffB" in _words(_Page(page.write_report(run).read_text()))
+
+
 EVIL = "<img src=x onerror=alert(1)>'\"&amp;</script><script>alert(2)<!--"
 
 
@@ -382,7 +387,23 @@ def test_each_start_of_a_run_is_recorded_and_shown(tmp_path: Path) -> None:
     assert "processes 4" in _words(parsed) and f"torch {starts[0]['versions']['torch']}" in _words(parsed)
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", '{"starts": [1]}', '{"starts": {}}'])
+MALFORMED = [  # inner types of a start that the report takes apart
+    {"gpus": 1},
+    {"gpus": [{"name": "a"}]},
+    {"gpus": [{"name": "a", "memory_bytes": "80 GB"}]},
+    {"command": "perilune train"},
+    {"command": [1]},
+    {"versions": ["torch"]},
+    {"variables": None},
+    {"memory_bytes": [1]},
+    {"memory_bytes": 10**400},
+]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{}", "[]", '{"starts": [1]}', '{"starts": {}}', *(json.dumps({"starts": [start]}) for start in MALFORMED)],
+)
 def test_a_damaged_record_of_the_environment_is_named_not_lost(tmp_path: Path, text: str) -> None:
     run = write_run(tmp_path / "run", 2)
     (run / environment.NAME).write_text(text)

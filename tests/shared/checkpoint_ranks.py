@@ -16,7 +16,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from perilune.parallel import mesh as meshes
-from perilune.pretrain import checkpoint, checkpoint_files, model, optimizer, presets
+from perilune.pretrain import checkpoint, checkpoint_files, model, optimizer, presets, rules
 from perilune.pretrain.data.collate import collate
 from perilune.pretrain.data.shard import Row
 from perilune.pretrain.objective import next_token
@@ -28,7 +28,7 @@ ROWS = 4
 
 
 def config_of(compute: str = "fp32", layers: int = 4, **parallel: Any) -> Config:
-    """`tiny` in a layout; four layers, so that pp=2 with vpp=2 has one a stage."""
+    """`tiny` in a layout; four layers, so that pp=2 with vpp=2 has some in every stage."""
     tiny = presets.get("tiny")
     return replace(
         tiny,
@@ -43,7 +43,7 @@ class Trainer:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        mesh = model.mesh_of(config, dist.get_world_size())
+        mesh = rules.mesh_of(config, dist.get_world_size())
         meshes.start(mesh, timeout_s=60)
         self.dp = mesh.dp
         self.model = model.build(config, mesh)
@@ -110,7 +110,9 @@ def straight_and_resumed(configs: list[Config], folder: Path) -> list[dict[str, 
     for index, config in enumerate(configs):
         with trainer(config) as first:
             first.train(2)
-            path = checkpoint.save(folder / str(index), 2, first.model, first.optimizer, {"step": 2}, keep=0)
+            path = checkpoint.save(
+                folder / str(index), 2, first.model, first.optimizer, {"step": 2}, config=config, keep=0
+            )
             straight = {"at 2": first.digest(), "losses": first.train(2), "at 4": first.digest()}
         with trainer(config) as second:
             new = second.digest()
@@ -130,7 +132,7 @@ def train_and_save(config: Config, folder: Path) -> dict[str, Any]:
         state = {
             name: value.clone() for name, value in one.model.bare()[0].state_dict().items() if torch.is_tensor(value)
         }
-        path = checkpoint.save(folder, 2, one.model, one.optimizer, {"step": 2}, keep=0)
+        path = checkpoint.save(folder, 2, one.model, one.optimizer, {"step": 2}, config=config, keep=0)
         return {"path": path, "state": state, "loss": one.train(1)[0]}
 
 
@@ -140,9 +142,27 @@ def load_and_save_again(configs: list[Config], source: Path, folder: Path) -> li
     for index, config in enumerate(configs):
         with trainer(config) as one:
             one.step = checkpoint.load(source, one.model, one.optimizer)["step"]
-            path = checkpoint.save(folder / str(index), 2, one.model, one.optimizer, {"step": 2}, keep=0)
+            path = checkpoint.save(folder / str(index), 2, one.model, one.optimizer, {"step": 2}, config=config, keep=0)
             found.append({"path": path, "loss": one.train(1)[0]})
     return found
+
+
+def hop(config: Config, source: Path | None, folder: Path) -> dict[str, Any]:
+    """Load `source` if there is one and save it again; a step, saved; and the loss of the step after that."""
+    with trainer(config) as one:
+        found: dict[str, Any] = {}
+        if source is not None:
+            one.step = checkpoint.load(source, one.model, one.optimizer)["step"]
+            found["copy"] = _saved(one, folder / "copy")
+        found["loss"] = one.train(1)[0]
+        found["path"], found["step"] = _saved(one, folder), one.step
+        found["next"] = one.train(1)[0]
+        return found
+
+
+def _saved(one: Trainer, folder: Path) -> Path:
+    state = {"step": one.step}
+    return checkpoint.save(folder, one.step, one.model, one.optimizer, state, config=one.config, keep=0)
 
 
 def weights_only(source: Path, folder: Path) -> dict[str, Any]:
@@ -165,7 +185,7 @@ def weights_only(source: Path, folder: Path) -> dict[str, Any]:
             for group, masters in enumerate(part.shard_fp32_from_float16_groups)
             for place, master in enumerate(masters)
         )
-        path = checkpoint.save(folder, 0, one.model, None, {}, keep=0)
+        path = checkpoint.save(folder, 0, one.model, None, {}, config=one.config, keep=0)
         checkpoint.load(path, one.model, None)
         found["resume"] = _refused(lambda: checkpoint.load(path, one.model, one.optimizer))
         found["cast"] = _refused(lambda: checkpoint.load(source, one.model, one.optimizer))
@@ -207,7 +227,8 @@ def failing_saves(config: Config, folder: Path) -> dict[str, Any]:
 
         def attempt(step: int, state: dict[str, Any] | None = None) -> str:
             try:
-                return str(checkpoint.save(folder, step, one.model, one.optimizer, state or {"step": step}, keep=1))
+                state = state or {"step": step}
+                return str(checkpoint.save(folder, step, one.model, one.optimizer, state, config=config, keep=1))
             except (checkpoint.SaveError, TypeError, ValueError) as error:
                 return f"{type(error).__name__}: {error}"
 
@@ -221,8 +242,9 @@ def failing_saves(config: Config, folder: Path) -> dict[str, Any]:
         write = checkpoint_files._write_synced
 
         def full(path: Path, text: str) -> None:
-            del path, text
-            raise OSError(28, "No space left on device")
+            if path.name == checkpoint_files.MANIFEST:
+                raise OSError(28, "No space left on device")
+            write(path, text)
 
         checkpoint_files._write_synced = full
         found["manifest"] = attempt(2)

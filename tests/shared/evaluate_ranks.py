@@ -97,7 +97,7 @@ def make_run(run: Path, config: Config) -> tuple[float, float]:
         for parameter in net.bare()[0].parameters():
             parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
     state = {"step": 7, "data": {}}
-    checkpoint.save(run / "checkpoints", 7, net, None, state, keep=0)
+    checkpoint.save(run / "checkpoints", 7, net, None, state, config=config, keep=0)
     configs.save(config, run / "config.yaml")
     batches = valid_batches(
         str(config.valid.path),
@@ -126,6 +126,7 @@ def refusals(path: Path, data: Path) -> list[str]:
         lambda: choices.choose(loaded, [choices.Question("f:1", "t", long, ("a", "b"), 0)]),
         lambda: encode_prompts(loaded, ["The Moon"], loaded.model.max_position_embeddings),
         lambda: encode_prompts(loaded, [""], 1),
+        lambda: encode_prompts(loaded, ["The \udcff"], 1),
         lambda: validation.validate(loaded.net, data, vocab_size=400, tokenizer_fingerprint="another"),
         lambda: validation.validate(loaded.net, data, vocab_size=300),
         lambda: open_model(path.parent),

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from perilune.parallel import mesh as meshes
-from perilune.pretrain import checkpoint, model, optimizer
+from perilune.pretrain import checkpoint, model, optimizer, rules
 from perilune.pretrain.data.collate import collate
 from perilune.pretrain.data.shard import Row
 from perilune.pretrain.hf import ours
@@ -22,7 +22,7 @@ from perilune.pretrain.timetable import StepPlan
 
 def train(config: Config, run_dir: Path) -> None:
     """Two steps on random tokens, then a checkpoint of this layout in `run_dir`."""
-    mesh = model.mesh_of(config, dist.get_world_size())
+    mesh = rules.mesh_of(config, dist.get_world_size())
     meshes.start(mesh, timeout_s=60)
     net = model.build(config, mesh)
     optim = optimizer.build(config, net)
@@ -35,7 +35,7 @@ def train(config: Config, run_dir: Path) -> None:
         batch = collate([row], config.model.num_nextn_predict_layers, True)
         train_step(net, optim, [batch], next_token, todo, clip=1.0)
     state = {"step": 2, "data": {"samples": 2, "tokens": 2 * length, "counters": {}, "fingerprints": {}}}
-    checkpoint.save(run_dir / "checkpoints", 2, net, optim, state, keep=0)
+    checkpoint.save(run_dir / "checkpoints", 2, net, optim, state, config=config, keep=0)
 
 
 def logits_of(config: Config, path: Path, rows: list[list[int]], masters: bool = False) -> list[torch.Tensor]:
@@ -44,7 +44,7 @@ def logits_of(config: Config, path: Path, rows: list[list[int]], masters: bool =
     `masters`: of a bf16 run, its fp32 masters.
     """
     config = replace(config, parallel=Parallel(zero1=masters))
-    mesh = model.mesh_of(config, 1)
+    mesh = rules.mesh_of(config, 1)
     meshes.start(mesh, timeout_s=60)
     plain = replace(config, precision=Precision(compute="fp32"))
     net = model.build(plain, mesh)

@@ -1,0 +1,140 @@
+"""Elements and bytes on a rank of a layout, by formula: what `counts.py` counts, shared out by `stages.py`'s map."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Literal
+
+from perilune.parallel.pipeline import Stage
+from perilune.pretrain.errors import InputError
+from perilune.pretrain.plan.counts import layer_weights
+from perilune.pretrain.plan.stages import stages_of
+from perilune.pretrain.schema import Config, Model, Parallel
+
+
+@dataclass(frozen=True)
+class RankCount:
+    """Elements on one rank. Router biases are buffers: neither trained nor in the sums of weights."""
+
+    dense: int  # trained weights whose gradients are summed over all data-parallel (and context-parallel) ranks
+    experts: int  # routed experts, summed over the ranks that hold the same ones
+    embedding: int  # of `dense`: the word embedding, with MTP's copy where the stage is not the first
+    head: int  # of `dense`: the output matrix, with a tied embedding's copy
+    router_bias: int
+
+    @property
+    def total(self) -> int:
+        """Trained weights."""
+        return self.dense + self.experts
+
+
+def parameters_per_rank(model: Model, parallel: Parallel, pp_rank: int) -> RankCount:
+    """Elements on every rank of pipeline rank `pp_rank`; equal over tp, ep and data-parallel ranks.
+
+    Raises InputError where a size does not divide by its degree, or `pp_rank` is not one of `parallel.pp`.
+    """
+    _check_divides(model, parallel)
+    if not 0 <= pp_rank < parallel.pp:
+        raise InputError(f"pp_rank={pp_rank} must be at least 0 and less than parallel.pp={parallel.pp}")
+    chunks = [_stage_count(model, parallel, stage) for stage in stages_of(model, parallel)[pp_rank :: parallel.pp]]
+    return RankCount(**{name: sum(getattr(c, name) for c in chunks) for name in RankCount.__dataclass_fields__})
+
+
+def _stage_count(model: Model, parallel: Parallel, stage: Stage) -> RankCount:
+    """One chunk: its layers, and what goes with embedding, MTP and loss."""
+    layers = list(stage.layers) + [model.num_layers + k for k in range(stage.mtp)]
+    weights = [w for layer in layers for w in layer_weights(model, layer) if w.part != "router_bias"]
+    vocabulary = model.vocab_size * model.hidden_size // parallel.tp
+    embedding = vocabulary if stage.embedding or stage.mtp else 0  # MTP embeds its tokens itself
+    has_it_already = model.tie_word_embeddings and embedding > 0
+    head = vocabulary if stage.loss and not has_it_already else 0
+    dense = sum(w.numel // (parallel.tp if w.over == "tp" else 1) for w in weights if w.over != "experts")
+    if stage.final_norm:
+        dense += model.hidden_size
+    return RankCount(
+        dense=dense + embedding + head,
+        experts=sum(w.numel // (parallel.ep * parallel.etp) for w in weights if w.over == "experts"),
+        embedding=embedding,
+        head=head,
+        router_bias=sum(w.numel for layer in layers for w in layer_weights(model, layer) if w.part == "router_bias"),
+    )
+
+
+def _check_divides(model: Model, parallel: Parallel) -> None:
+    """Every split dim must divide by its degree: nothing is padded."""
+    checks = [
+        ("model.num_attention_heads", model.num_attention_heads, "parallel.tp", parallel.tp),
+        ("model.vocab_size", model.vocab_size, "parallel.tp", parallel.tp),
+    ]
+    kinds = {0, model.num_layers - 1, model.num_layers}  # a first layer, a last one, an MTP layer
+    for weight in (w for layer in sorted(kinds) for w in layer_weights(model, layer)):
+        size = weight.shape[weight.split_dim]
+        if weight.over == "tp":
+            checks.append((f"dim {weight.split_dim} of {weight.name}", size, "parallel.tp", parallel.tp))
+        elif weight.over == "experts":
+            checks.append(("model.n_routed_experts", weight.copies, "parallel.ep", parallel.ep))
+            checks.append((f"dim {weight.split_dim} of {weight.name}", size, "parallel.etp", parallel.etp))
+    for what, size, name, degree in checks:
+        if size % degree:
+            raise InputError(f"{what} = {size} must divide by {name}={degree}: choose another degree or another size")
+
+
+@dataclass(frozen=True)
+class RankBytes:
+    """Bytes on one rank that last through a run; activations and buffers of the moment come on top."""
+
+    weights: float
+    gradients: float
+    optimizer: float  # masters and two moments
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gradients + self.optimizer
+
+
+def bytes_per_rank(
+    model: Model, parallel: Parallel, pp_rank: int, world_size: int, compute: Literal["fp32", "bf16"]
+) -> RankBytes:
+    """Weights, FP32 gradients and AdamW's state of Megatron-core's distributed optimizer (ZeRO-1), in bytes.
+
+    An element costs 4 for its weight in fp32 or 2 in bf16, 4 for its gradient, and 8 for the moments with 4 for the
+    FP32 master that bf16 needs. With `zero1` the optimizer's part is divided over the data-parallel ranks: for dense
+    weights world / (tp pp), context-parallel ranks included, for experts world / (pp ep etp).
+
+    Raises InputError as `parameters_per_rank`, and where `world_size` does not divide by the degrees.
+    """
+    count = parameters_per_rank(model, parallel, pp_rank)
+    dense_product = parallel.tp * parallel.pp * parallel.cp
+    expert_product = parallel.pp * parallel.ep * parallel.etp
+    if world_size % dense_product or world_size % expert_product:
+        raise InputError(
+            f"{world_size} processes must divide by tp x pp x cp = {parallel.tp} x {parallel.pp} x {parallel.cp} = "
+            f"{dense_product} and by pp x ep x etp = {parallel.pp} x {parallel.ep} x {parallel.etp} = {expert_product}"
+        )
+    weight = {"fp32": 4, "bf16": 2}[compute]
+    state = 8 if compute == "fp32" else 12
+    dense_share = world_size // (parallel.tp * parallel.pp) if parallel.zero1 else 1
+    expert_share = world_size // expert_product if parallel.zero1 else 1
+    return RankBytes(
+        weights=weight * count.total,
+        gradients=4 * count.total,
+        optimizer=state * (count.dense / dense_share + count.experts / expert_share),
+    )
+
+
+def rank_table(config: Config, world_size: int) -> str:
+    """Elements and bytes of the distinct kinds of pipeline rank, a line each. Raises as `bytes_per_rank`."""
+    model, parallel = config.model, config.parallel
+    compute: Literal["fp32", "bf16"] = "fp32" if config.precision.compute == "fp32" else "bf16"
+    heads = f"{'weights GiB':>13}{'grads GiB':>13}{'optimizer GiB':>15}"
+    lines = [f"{'pipeline ranks':<16}{'dense':>18}{'experts':>18}{heads}"]
+    for count, group in groupby(range(parallel.pp), key=lambda r: parameters_per_rank(model, parallel, r)):
+        ranks = list(group)
+        held = bytes_per_rank(model, parallel, ranks[0], world_size, compute)
+        name = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}"
+        lines.append(
+            f"{name:<16}{count.dense:>18,}{count.experts:>18,}"
+            + f"{held.weights / 2**30:>13.3f}{held.gradients / 2**30:>13.3f}{held.optimizer / 2**30:>15.3f}"
+        )
+    return "\n".join(lines)

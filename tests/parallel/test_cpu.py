@@ -1,0 +1,60 @@
+"""Each patch of parallel/cpu.py is still needed: a test here fails once upstream no longer needs its patch."""
+
+from __future__ import annotations
+
+import importlib.util
+from types import ModuleType
+
+import gloo_ranks
+import pytest
+import torch
+from megatron.core.transformer.moe.moe_utils import maybe_move_tensor_to_cpu
+
+from perilune.parallel import cpu
+from perilune.parallel.workers import Workers
+
+HERE = {"maybe_move_tensor_to_cpu", "_set_cuda_rng_state", "_gather_along_first_dim", "_reduce_scatter_along_first_dim"}
+
+
+def upstream(name: str) -> ModuleType:
+    """A fresh copy of a module of Megatron-core, as it was shipped."""
+    spec = importlib.util.find_spec(name)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_patch_has_a_test_here() -> None:
+    assert {attribute for _, attribute, _, _ in cpu.PATCHES} == HERE
+    assert [attribute for _, attribute, _, _ in cpu.WITHOUT_TRANSFORMER_ENGINE] == ["CheckpointWithoutOutput"]
+
+
+def test_split_sizes_on_the_cpu_stay_tensors() -> None:
+    assert torch.is_tensor(maybe_move_tensor_to_cpu(torch.tensor([1, 2]), as_numpy=True))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+def test_the_random_state_waits_for_a_gpu_that_never_comes() -> None:
+    random = upstream("megatron.core.tensor_parallel.random")
+    kept = torch.get_rng_state()
+    for restore, restored in ((random._set_cuda_rng_state, False), (cpu._set_rng_state, True)):
+        torch.rand(1)
+        restore(kept)
+        assert torch.equal(torch.get_rng_state(), kept) == restored
+
+
+def test_recomputation_thinks_fp8_is_on() -> None:
+    random = upstream("megatron.core.tensor_parallel.random")
+    assert random.CheckpointWithoutOutput().fp8
+    assert not cpu._CheckpointWithoutOutput().fp8
+
+
+def test_parts_of_unequal_size_over_gloo(workers: Workers) -> None:
+    first, second = workers.run(2, gloo_ranks.uneven, True)
+    assert first == [[[0, 0], [1, 1], [1, 1]], [[0, 2]], []]
+    assert second == [[[0, 0], [1, 1], [1, 1]], [[4, 6], [8, 10]], []]
+    for found in Workers(2).run(
+        2, gloo_ranks.uneven, False
+    ):  # processes of their own: a failed collective leaves its mark
+        assert "RuntimeError" in found[:2] or "ValueError" in found[:2]

@@ -1,0 +1,20 @@
+"""The command that measures recomputation: every policy gives the gradients of none, and holds less."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+Perilune = Any  # the fixture of tests/conftest.py
+
+
+def test_every_policy_keeps_the_gradients_and_saves_memory(perilune: Perilune) -> None:
+    done = perilune("recompute", "tiny", "train.micro_batch_size=4", "--json")
+    costs = {cost["policy"]: cost for cost in json.loads(done.stdout)}
+    none = costs.pop("none")
+    assert done.returncode == 0 and len(costs) == 10
+    for policy, cost in costs.items():
+        # A norm's gradient has two parts; recomputed, they are added to each other before they meet the residual's.
+        assert cost["gradients"] <= (1e-6 if "layernorm" in policy else 0.0), policy
+        assert cost["bytes"] < none["bytes"], policy
+    assert costs["full"]["bytes"] < 0.5 * none["bytes"]

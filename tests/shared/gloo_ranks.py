@@ -1,0 +1,42 @@
+"""What the processes of tests/parallel/test_cpu.py and test_validation.py do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from perilune.parallel import cpu
+from perilune.parallel import mesh as meshes
+from perilune.pretrain import model as models
+from perilune.pretrain import rules, step
+from perilune.pretrain.data.batch import PackedBatch
+from perilune.pretrain.objective import next_token
+from perilune.pretrain.schema import Config
+
+
+def uneven(patched: bool) -> Any:
+    """Parts of one and two rows gathered, and a gradient of three rows scattered back."""
+    cpu.install()
+    group, rank = dist.group.WORLD, dist.get_rank()
+    gather = cpu._gather_uneven if patched else cpu._GATHER
+    scatter = cpu._reduce_scatter_uneven if patched else cpu._REDUCE_SCATTER
+    found = []
+    for call in (
+        lambda: gather(torch.full((rank + 1, 2), float(rank)), group, [1, 2]),
+        lambda: scatter(torch.arange(6.0).view(3, 2), group, [1, 2]),
+        lambda: gather(torch.zeros(0, 2), group, [0, 0]),
+    ):
+        try:
+            found.append(call().tolist())
+        except (RuntimeError, ValueError) as error:
+            found.append(type(error).__name__)
+    return found
+
+
+def validate(config: Config, batches: list[tuple[PackedBatch, int]]) -> tuple[float, float]:
+    """Loss and bits a byte of a new model, the same in every layout, on batches that every rank is given."""
+    mesh = rules.mesh_of(config, dist.get_world_size())
+    meshes.start(mesh, timeout_s=60)
+    return step.evaluate(models.build(config, mesh), iter(batches), next_token)
