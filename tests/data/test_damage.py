@@ -149,7 +149,7 @@ def test_damage_where_no_sample_lies(place: Place) -> None:
     assert (damage.sample, damage.offset) == (None, len(whole)) and "4 bytes more" in damage.what
 
 
-def test_missing_and_swapped_shards(copy: Path) -> None:
+def test_swapped_shards(copy: Path) -> None:
     (copy / FIRST).rename(copy / "aside")
     (copy / SHARD).rename(copy / FIRST)
     (copy / "aside").rename(copy / SHARD)
@@ -162,8 +162,11 @@ def test_missing_and_swapped_shards(copy: Path) -> None:
     except DamageError as error:  # of another size
         said = [str(error)]
     assert said and all(FIRST in one or SHARD in one for one in said)
+
+
+def test_missing_shard(copy: Path) -> None:
     (copy / SHARD).unlink()
-    damage = verified(copy).damage[1]
+    [damage] = verified(copy).damage
     assert (damage.shard, damage.sample, damage.offset) == (SHARD, f"{ROWS:09d}", 0) and "50 samples" in damage.what
     with pytest.raises(DamageError, match=f"{SHARD}: this shard is missing"):
         PackedDataset(copy)
