@@ -69,6 +69,9 @@ def test_counts_are_those_of_the_rows(run: tuple[Path, float, float], workers: W
     [
         ("data/part.jsonl.zst:17", "data/part.jsonl.zst"),
         ("data/part.parquet:1", "data/part.parquet"),
+        ("data/pairs.tar:00017", "data/pairs.tar"),
+        ("s3://data/pairs.TAR:folder/00017", "s3://data/pairs.TAR"),
+        ("https://host/pairs.tar?version=1:a:b", "https://host/pairs.tar?version=1"),
         ("stdlib/asyncio/events.py", "stdlib/asyncio"),
         ("notes.md", "notes.md"),
         ("odd:name/x.txt", "odd:name"),
