@@ -46,11 +46,13 @@ def read_manifest(place: Path | str | Store) -> dict[str, Any]:
     store = open_store(place) if isinstance(place, str | Path) else place
     path = join(store.where, NAME)
     try:
-        manifest = json.loads(store.read(NAME))
+        data = store.read(NAME)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(
             f"{store.where}: no {NAME}: not a packed dataset, or packing was cut short; run `perilune pack` (again)"
         ) from error
+    try:
+        manifest = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON: {error}. Pack or copy the dataset again") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:

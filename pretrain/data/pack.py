@@ -15,11 +15,13 @@ import hashlib
 import io
 import json
 import os
+import re
 import sys
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,7 @@ from perilune.pretrain.data.tokenizer import Tokenizer, load_tokenizer
 from perilune.pretrain.errors import InputError, make_folder
 
 BUFFER_TOKENS = 1 << 25  # planned at once unless the user says otherwise
+MAX_SEQ_LEN = 1 << 24  # a row is laid out in memory, in the worst case token by token
 BATCH_SIZE = 1 << 22  # characters of text and bytes of images encoded at once
 BATCH_DOCUMENTS = 4096
 
@@ -75,11 +78,15 @@ def pack(
     an `out` packed from other text or by another recipe.
     """
     out = Path(out)
+    if re.match(r"[a-z0-9+]+:/", str(out)):  # what a path makes of `s3://`
+        raise InputError(f"--out {out}: shards are written to a folder here; name one, then copy it")
     least = {"--seq-len": seq_len, "rows per shard": rows_per_shard, "--patch-limit": patch_limit}
     least |= {"--max-patches": max_patches or 1, "--workers": 1 if workers is None else workers}
     for name, value in least.items():
         if value < 1:
             raise InputError(f"{name} {value}: must be at least 1")
+    if seq_len > MAX_SEQ_LEN:
+        raise InputError(f"--seq-len {seq_len}: the limit is {MAX_SEQ_LEN}")
     if buffer_tokens < 0:
         raise InputError(f"--buffer-tokens {buffer_tokens}: must be 0 (everything at once) or more")
     for name, part in (("--valid-fraction", valid_fraction), ("--fim-rate", fim_rate)):
@@ -135,13 +142,16 @@ def _pack_split(
     if workers is None:
         batches = 1 + sum(file["bytes"] for file in recipe["files"]) // BATCH_SIZE
         workers = min(len(os.sched_getaffinity(0)), batches)
-    with open_pool(job, workers, coder) as pool:
-        try:
-            run = _run(files, job, coder, recipe, pool, workers)
-        except _Lost as lost:
-            Console(stderr=True).print(f"{folder}: {lost}; packing starts again", highlight=False)
-            Spool(folder).clear()
-            run = _run(files, job, coder, recipe, pool, workers)
+    try:
+        with open_pool(job, workers, coder) as pool:
+            try:
+                run = _run(files, job, coder, recipe, pool, workers)
+            except _Lost as lost:
+                Console(stderr=True).print(f"{folder}: {lost}; packing starts again", highlight=False)
+                Spool(folder).clear()
+                run = _run(files, job, coder, recipe, pool, workers)
+    except (OSError, BrokenProcessPool) as error:  # a full disk; a worker that was killed, most often for memory
+        raise InputError(f"{folder}: packing stopped: {error}; the same command goes on from there") from error
     if not run.count["documents"]:
         run.spool.clear()
         raise InputError(f"{folder}: no document in this split of {len(files)} files; give more text")

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from perilune.pretrain.data.storage import is_url, open_store
+from perilune.pretrain.data.storage import Remote, RemoteStore, is_url, open_store
 from perilune.pretrain.errors import InputError
 
 Split = Literal["train", "valid"]
 
 MAX_DOCUMENT_BYTES = 1 << 28
 BLOCK_BYTES = 1 << 22  # of one ranged read of a remote file
+FIRST_RETRY_S = 30.0  # of the first request for a file: a host that was mistyped is told soon
 VERSIONS = ("etag", "content-md5", "digest", "md5hash", "crc32c", "generation", "versionid", "last-modified", "mtime")
 
 
@@ -73,15 +74,11 @@ def token_file(index: str) -> str:
 
 def _describe(path: str) -> dict[str, Any]:
     if is_url(path):
-        import fsspec
-
+        where, _, name = path.rpartition("/")
         try:
-            files, inner = fsspec.core.url_to_fs(path)
-            info = files.info(inner)
+            info = RemoteStore(where, Remote(retry_s=FIRST_RETRY_S)).info(name)
         except FileNotFoundError as error:
             raise InputError(f"{path}: no such file") from error
-        except Exception as error:  # every store has exceptions of its own
-            raise InputError(f"{path}: its store says: {type(error).__name__}: {error}") from error
         known = {key.lower(): str(value) for key, value in info.items() if value}
         version = {key: known[key] for key in VERSIONS if key in known}
         if version and isinstance(info.get("size"), int):

@@ -35,6 +35,7 @@ import numpy as np
 from perilune.pretrain.data.source_file import MAX_DOCUMENT_BYTES, SourceFile, Split, describe, open_path, token_file
 from perilune.pretrain.data.source_tar import tar_samples
 from perilune.pretrain.data.source_tokens import token_documents
+from perilune.pretrain.data.source_zstd import Zstd
 from perilune.pretrain.data.storage import is_url
 from perilune.pretrain.errors import InputError
 
@@ -51,7 +52,6 @@ DEMO_VALID_FRACTION = 0.05  # of the standard library's files, by the hash of th
 DEMO_SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 MAX_ROW_GROUP_BYTES = 1 << 32  # uncompressed bytes of a Parquet row group's text column
-ZSTD_WINDOW_BYTES = 1 << 27  # what `zstd --long=27` writes; a frame that asks for more is refused
 Part = str | bytes | np.ndarray  # text, an encoded image, or token ids
 
 
@@ -267,8 +267,7 @@ def _lines(raw: BinaryIO, ending: str | None, name: str) -> Iterator[tuple[str, 
     if ending == ".jsonl.gz":
         stream = io.BufferedReader(gzip.GzipFile(fileobj=raw))
     elif ending == ".jsonl.zst":
-        unpacker = zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW_BYTES)
-        stream = io.BufferedReader(unpacker.stream_reader(raw, read_across_frames=True))
+        stream = io.BufferedReader(Zstd(raw))
     number = 0
     try:
         while line := stream.readline(MAX_DOCUMENT_BYTES + 1):

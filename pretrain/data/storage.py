@@ -8,9 +8,11 @@ verifies every sample, wherever it came from.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import random
+import stat
 import threading
 import time
 import warnings
@@ -90,7 +92,13 @@ class LocalStore:
         self._lock = threading.Lock()
 
     def read(self, name: str) -> bytes:
-        return (Path(self.where) / name).read_bytes()
+        try:
+            with os.fdopen(_open_regular(Path(self.where) / name), "rb") as stream:
+                return stream.read()
+        except (FileNotFoundError, NotADirectoryError):
+            raise
+        except OSError as error:
+            raise StoreError(f"{join(self.where, name)} cannot be read: {error.strerror}") from error
 
     def read_range(self, name: str, offset: int, length: int) -> bytes:
         # Under the lock, so that no other thread closes the descriptor while it is read from.
@@ -100,7 +108,7 @@ class LocalStore:
             else:
                 if len(self._open) >= OPEN_FILES:
                     os.close(self._open.popitem(last=False)[1])
-                self._open[name] = os.open(Path(self.where) / name, os.O_RDONLY | os.O_CLOEXEC)
+                self._open[name] = _open_regular(Path(self.where) / name)
             return os.pread(self._open[name], length, offset)
 
     def size(self, name: str) -> int:
@@ -116,6 +124,15 @@ class LocalStore:
         with self._lock:
             while self._open:
                 os.close(self._open.popitem()[1])
+
+
+def _open_regular(path: Path) -> int:
+    """A descriptor to read from; OSError where it is a device or a pipe, which might never answer or never end."""
+    opened = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(opened).st_mode):
+        os.close(opened)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return opened
 
 
 class RemoteStore:
@@ -145,7 +162,11 @@ class RemoteStore:
         return data
 
     def size(self, name: str) -> int | None:
-        return self._again(name, lambda: self._call("info", name)).get("size")
+        return self.info(name).get("size")
+
+    def info(self, name: str) -> dict[str, Any]:
+        """What the store tells of the file."""
+        return self._again(name, lambda: self._call("info", name))
 
     def forget(self, name: str, offset: int) -> None:
         if self._cache is not None:
@@ -184,13 +205,19 @@ class RemoteStore:
     def _call(self, method: str, name: str, **more: Any) -> Any:
         """`method` of the file system within the time-out, where the file system can be interrupted at all."""
         path = f"{self._root.rstrip('/')}/{name}"
-        if self._files.async_impl:
-            from fsspec.asyn import sync
+        try:
+            if self._files.async_impl:
+                from fsspec.asyn import sync
 
-            return sync(
-                self._files.loop, getattr(self._files, f"_{method}"), path, timeout=self._remote.timeout_s, **more
-            )
-        return getattr(self._files, method)(path, **more)
+                call = getattr(self._files, f"_{method}")
+                return sync(self._files.loop, call, path, timeout=self._remote.timeout_s, **more)
+            return getattr(self._files, method)(path, **more)
+        except FileNotFoundError as error:
+            # Of a web server fsspec's `info` says so whatever happened: what did is the cause.
+            why = error.__cause__
+            if "https" in self._files.protocol and why is not None and getattr(why, "status", None) not in (404, 410):
+                raise why from None
+            raise
 
     def _again(self, name: str, call: Callable[[], T]) -> T:
         """`call`, repeated with growing pauses while it fails in ways that may pass; StoreError when time is up."""

@@ -22,12 +22,13 @@ import pytest
 
 from perilune.pretrain.data.images import MAX_PIXELS, ImageRule, image_size, verify_image
 from perilune.pretrain.data.inspect_command import inspect_command
-from perilune.pretrain.data.inspect_verify import check_docs
+from perilune.pretrain.data.inspect_verify import check_docs, verify
 from perilune.pretrain.data.manifest import read_manifest, write_manifest
 from perilune.pretrain.data.pack import pack
 from perilune.pretrain.data.reader import DamageError, PackedDataset
 from perilune.pretrain.data.shard import Row, ShardWriter, decode_row, encode_row
 from perilune.pretrain.data.sources import documents
+from perilune.pretrain.data.storage import open_store
 from perilune.pretrain.data.tokenizer import Tokenizer
 from perilune.pretrain.errors import InputError
 
@@ -161,6 +162,25 @@ def test_links_and_devices_are_never_followed(tmp_path: Path, kind: bytes) -> No
     header.name = f"{KEY}.tokens.npy"
     with pytest.raises(ValueError, match="no regular tar member at byte 0"):
         decode_row(header.tobuf(tarfile.USTAR_FORMAT), KEY)
+
+
+def test_devices_and_pipes_in_a_dataset_are_never_read(tmp_path: Path, packed: Path) -> None:
+    """One never ends, the other never answers."""
+    for make in (os.mkfifo, lambda path: os.symlink("/dev/zero", path)):
+        folder = Path(shutil.copytree(packed, tmp_path / "copy"))
+        (folder / "shard-000001.tar").unlink()
+        make(folder / "shard-000001.tar")
+        with pytest.raises(DamageError, match=r"shard-000001\.tar: this shard is missing"):
+            PackedDataset(folder)
+        with pytest.raises(DamageError, match="not a regular file"):
+            PackedDataset(folder, whole=False)[53]
+        found = verify(read_manifest(folder), open_store(folder))
+        assert len(found.damage) == 1 and "not a regular file" in str(found.damage[0])
+        (folder / "manifest.json").unlink()
+        make(folder / "manifest.json")
+        with pytest.raises(InputError, match=r"manifest\.json cannot be read: not a regular file"):
+            read_manifest(folder)
+        shutil.rmtree(folder)
 
 
 def test_paths_that_climb_are_names_and_nothing_else(tmp_path: Path) -> None:

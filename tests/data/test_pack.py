@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections import defaultdict
 from pathlib import Path
@@ -16,6 +17,7 @@ from perilune.pretrain.data import pack as module
 from perilune.pretrain.data.pack import pack
 from perilune.pretrain.data.packing import Limits, Piece, best_fit_decreasing, plan
 from perilune.pretrain.data.reader import PackedDataset
+from perilune.pretrain.data.spool import Spool
 from perilune.pretrain.data.tokenizer import Tokenizer, train_tokenizer
 from perilune.pretrain.errors import InputError
 
@@ -148,6 +150,25 @@ def test_an_output_folder_that_cannot_be_made_is_refused(tmp_path: Path, corpus:
         pack([corpus], tmp_path / "file" / "data", tokenizer_path, 64)
     with pytest.raises(InputError, match="file cannot be made: File exists; name another --out"):
         train_tokenizer([corpus], tmp_path / "file" / "tok", 400)
+
+
+def test_a_full_disk_is_told_and_packing_goes_on(
+    tmp_path: Path, packed: Path, corpus: str, tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "data"
+    with monkeypatch.context() as patch:
+        patch.setattr(Spool, "save_shard", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
+        with pytest.raises(InputError, match=r"data: packing stopped: .*No space left; the same command goes on"):
+            pack([corpus], out, tokenizer_path, 64, rows_per_shard=50, workers=1)
+    pack([corpus], out, tokenizer_path, 64, rows_per_shard=50)
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == {p.name: p.read_bytes() for p in packed.iterdir()}
+
+
+def test_a_place_or_a_row_that_cannot_be(tmp_path: Path, corpus: str, tokenizer_path: Path) -> None:
+    with pytest.raises(InputError, match="--out s3:/bucket/data: shards are written to a folder here"):
+        pack([corpus], Path("s3://bucket/data"), tokenizer_path, 64)
+    with pytest.raises(InputError, match="--seq-len 2147483648: the limit is"):
+        pack([corpus], tmp_path / "data", tokenizer_path, 1 << 31)
 
 
 def test_held_out_documents(tmp_path: Path, corpus: str, texts: list[str], tokenizer_path: Path, tokenizer: Tokenizer):

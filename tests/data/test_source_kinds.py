@@ -21,9 +21,10 @@ import torch
 import webdataset
 from PIL import Image
 
-from perilune.pretrain.data import source_tar
+from perilune.pretrain.data import source_file, source_tar
 from perilune.pretrain.data.source_file import SourceFile, describe
 from perilune.pretrain.data.sources import documents, find_files, read_placed
+from perilune.pretrain.data.storage import StoreError
 from perilune.pretrain.errors import InputError
 
 TEXTS = ["one\r\ntwo\n", "naïve 漢字 🙂", " lead and trail "]
@@ -183,16 +184,20 @@ def test_a_megatron_dataset_of_megatrons_own_builder(tmp_path: Path) -> None:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Files by ranges; `fail` requests for contents are answered 503 first."""
+    """Files by ranges; `fail` requests for contents are answered 503 first, and `down` requests of any kind."""
 
     files: dict[str, bytes]
-    fail = 0
+    fail = down = 0
     asked = 0
 
     def do_HEAD(self) -> None:
         self.do_GET()
 
     def do_GET(self) -> None:
+        if self.down:
+            type(self).down -= 1
+            self.send_error(503)
+            return
         data = self.files.get(self.path)
         whole = self.command == "HEAD" or "Range" not in self.headers
         if data is not None and not whole:
@@ -231,7 +236,8 @@ def server(tmp_path: Path) -> Iterator[str]:
         **{f"{i}.txt": t.encode() for i, t in enumerate(TEXTS)},
     }
     files |= {name: (tmp_path / name).read_bytes() for name in ("x.parquet", "x.tar")}
-    Handler.files, Handler.fail, Handler.asked = {f"/d/{name}": data for name, data in files.items()}, 0, 0
+    Handler.files = {f"/d/{name}": data for name, data in files.items()}
+    Handler.fail = Handler.asked = Handler.down = 0
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
         thread = threading.Thread(target=httpd.serve_forever, args=(0.05,), daemon=True)
         thread.start()
@@ -253,8 +259,23 @@ def test_a_web_server_gives_the_same_documents(server: str) -> None:
         "bytes": len(Handler.files["/d/x.jsonl"]),
         "version": {"etag": said["version"]["etag"]},
     }
-    with pytest.raises(InputError, match=r"no such file|cannot be|404|FileNotFound"):
+    with pytest.raises(InputError, match=r"none\.jsonl: no such file"):
         describe(SourceFile(f"{server}/none.jsonl", "x"))
+
+
+def test_a_web_server_that_is_down_is_no_missing_file(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = describe(SourceFile(f"{server}/x.jsonl", "x"))
+    Handler.down = 3  # fsspec asks twice, by HEAD and by GET
+    assert describe(SourceFile(f"{server}/x.jsonl", "x")) == before and Handler.down == 0
+    Handler.down = 3
+    assert [d.text for d in documents([f"{server}/x.jsonl"])] == TEXTS
+    monkeypatch.setattr(source_file, "FIRST_RETRY_S", 0.3)
+    Handler.down = 1000
+    with pytest.raises(StoreError, match=r"x\.jsonl cannot be read: ClientResponseError: 503.*tried \d+ times"):
+        describe(SourceFile(f"{server}/x.jsonl", "x"))
+    Handler.down = 0
+    with pytest.raises(StoreError, match=r"x\.jsonl cannot be read: ClientConnectorError"):
+        describe(SourceFile("http://127.0.0.1:1/x.jsonl", "x"))
 
 
 def test_stores_behind_fsspec(tmp_path: Path) -> None:

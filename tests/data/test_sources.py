@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
+import struct
 from pathlib import Path
 
 import pyarrow
@@ -12,6 +14,7 @@ import pytest
 import zstandard
 
 from perilune.pretrain.data import sources
+from perilune.pretrain.data.source_zstd import Zstd
 from perilune.pretrain.data.sources import documents, find_files, held_out_bytes
 from perilune.pretrain.errors import InputError
 
@@ -50,6 +53,7 @@ def test_every_kind_of_file_gives_the_same_documents(tmp_path: Path) -> None:
         ("x.jsonl", b"[" * 200_000, r"x\.jsonl:1: not a line of JSON"),
         ("x.jsonl.gz", gzip.compress(lines())[:-12], "cannot be unpacked"),
         ("x.jsonl.zst", b"not zstd", "cannot be unpacked"),
+        ("x.jsonl.zst", zstandard.compress(lines())[:-3], "cannot be unpacked.*ends inside a zstd frame"),
         ("x.parquet", b"PAR1 no", "not a Parquet file"),
         ("x.docx", b"?", r"unknown ending; known are \.txt"),
     ],
@@ -76,6 +80,18 @@ def test_a_decompression_bomb_is_refused_before_it_is_held(tmp_path: Path, monke
         assert len(data) < 1 << 16, "the packed file is within the limit"
         with pytest.raises(InputError, match=r"x\.jsonl.*:1: a line beyond the limit"):
             list(documents([str(tmp_path / name)]))
+
+
+def test_zstd_cut_anywhere_is_never_a_shorter_file() -> None:
+    """What `zstd` writes, with a checksum and without; whole frames end to end, one to be skipped among them."""
+    text = lines() * 300
+    for checksum in (False, True):
+        frame = zstandard.ZstdCompressor(write_checksum=checksum, write_content_size=False).compress(text)
+        for size in {*range(1, 20), *range(20, len(frame), 37), *range(len(frame) - 8, len(frame))}:
+            with pytest.raises(EOFError):
+                io.BufferedReader(Zstd(io.BytesIO(frame[:size]))).read()
+        skipped = struct.pack("<II", 0x184D2A50, 5) + b"skip."
+        assert io.BufferedReader(Zstd(io.BytesIO(frame + skipped + frame))).read() == text * 2
 
 
 def test_the_standard_library_is_split_by_file() -> None:
