@@ -287,14 +287,7 @@ class _Packing:
         """Plan and write all that waits, rows that stay open filled up with `head` over again."""
         self._plan()
         for pieces in self._open:
-            room = self.seq_len - sum(piece.length for piece in pieces)
-            repeats: list[Piece] = []
-            while room:
-                for piece in self.head:
-                    size = min(room, piece.length)
-                    repeats += [piece._replace(length=size)] if size else []
-                    room -= size
-            self._row(pieces, repeats)
+            self._row(pieces, self._repeats(pieces))
         if self.rows:
             self._write(self.rows)
         while self.writing:
@@ -342,11 +335,30 @@ class _Packing:
         for row in rows:
             self._row(row, [])
         self.buffers += 1
+        # Open rows wait for text. Where patches run out before tokens do it never comes, and the buffer must not fill
+        # up with them.
+        self._open.sort(key=lambda pieces: sum(piece.length for piece in pieces))
+        held = sum(piece.length for pieces in self._open for piece in pieces)
+        while self.buffer_tokens and len(self._open) > 1 and held > self.buffer_tokens // 2:
+            pieces = self._open.pop()
+            held -= sum(piece.length for piece in pieces)
+            self._row(pieces, self._repeats(pieces))
         self.waiting = [piece for pieces in self._open for piece in pieces]
         self.waiting_tokens = sum(piece.length for piece in self.waiting)
         kept = {piece.doc for piece in self.waiting} | {piece.doc for piece in self.head}
         self.documents = {number: self.documents[number] for number in self.documents if number in kept}
         self.spans = {number: self.spans[number] for number in self.spans if number in kept}
+
+    def _repeats(self, pieces: list[Piece]) -> list[Piece]:
+        """What fills up an open row: `head` over again."""
+        room = self.seq_len - sum(piece.length for piece in pieces)
+        repeats: list[Piece] = []
+        while room:
+            for piece in self.head:
+                size = min(room, piece.length)
+                repeats += [piece._replace(length=size)] if size else []
+                room -= size
+        return repeats
 
     def _row(self, pieces: list[Piece], repeats: list[Piece]) -> None:
         row = [self._placed(piece, False) for piece in pieces] + [self._placed(piece, True) for piece in repeats]

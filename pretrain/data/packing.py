@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from typing import NamedTuple
+
+SIGHT = 256  # pieces tried for one gap: few are waiting, unless patches run out long before tokens do
 
 
 class Piece(NamedTuple):
@@ -180,7 +183,7 @@ def close_gaps(open_rows: list[OpenRow], limits: Limits) -> tuple[list[list[Piec
                 supply.extend(waiting.pop().pieces)
             took = _take(row, supply, limits)
             if not took:
-                if not waiting:
+                if not waiting or len(supply) >= SIGHT:
                     break
                 supply.extend(waiting.pop().pieces)
         (unfilled if row.room else filled).append(row.pieces)
@@ -195,7 +198,7 @@ def close_gaps(open_rows: list[OpenRow], limits: Limits) -> tuple[list[list[Piec
 def _take(row: OpenRow, supply: deque[Piece], limits: Limits) -> bool:
     """Move into the row the first piece of `supply` that fits or fills it up; else the longest beginning that fits."""
     best, at = 0, 0
-    for place, piece in enumerate(supply):
+    for place, piece in enumerate(islice(supply, SIGHT)):
         size = limits.fitting(piece, row.room, row.patch_room)
         if size > best:
             best, at = size, place

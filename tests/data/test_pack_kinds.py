@@ -14,10 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from perilune.pretrain.data import pack as packing
+from perilune.pretrain.data.inspect_verify import verify
 from perilune.pretrain.data.manifest import image_rule, read_manifest
 from perilune.pretrain.data.pack import pack
 from perilune.pretrain.data.packing import Piece, Span, chunks, plan
 from perilune.pretrain.data.reader import PackedDataset
+from perilune.pretrain.data.storage import open_store
 from perilune.pretrain.data.tokenizer import FIM, MEDIA, Tokenizer
 from perilune.pretrain.errors import InputError
 
@@ -144,6 +147,25 @@ def test_images_alone_fill_rows_too(tmp_path: Path, tokenizer_path: Path) -> Non
     dataset = PackedDataset(tmp_path / "data")
     assert stats["images"] == 5 == sum(len(row.images) for row in dataset)
     assert sum(int(row.loss_mask.sum()) for row in dataset) == 5, "the five EOS"
+
+
+def test_rows_whose_patches_run_out_do_not_fill_the_buffer(
+    tmp_path: Path, tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pairs alone, a row takes one image: open rows wait for text that never comes, and each plan sees new ones."""
+    with tarfile.open(tmp_path / "x.tar", "w") as out:
+        for i in range(60):
+            for ending, data in (("png", image(i, (100, 100))), ("txt", b"a caption")):
+                info = tarfile.TarInfo(f"{i:02d}.{ending}")
+                info.size = len(data)
+                out.addfile(info, io.BytesIO(data))
+    planned = []
+    monkeypatch.setattr(packing, "plan", lambda *given: planned.append(len(given[0])) or plan(*given))
+    spec, out = [str(tmp_path / "x.tar")], tmp_path / "data"
+    stats = pack(spec, out, tokenizer_path, 64, max_patches=80, buffer_tokens=500)["all"]
+    assert len(planned) <= stats["document_tokens"] // 250 + 2 and max(planned) < 30, planned
+    assert stats["images"] == 60 == sum(len(row.images) for row in PackedDataset(out))
+    assert not verify(read_manifest(out), open_store(out)).damage, "no token lost, none counted twice"
 
 
 def test_an_image_that_fits_no_row_is_refused(tmp_path: Path, tokenizer_path: Path) -> None:
