@@ -104,6 +104,11 @@ def _batch(config: Config) -> list[str]:
         "data.retry_s": (config.data.retry_s, 0, math.inf),
         "data.cache_gib": (config.data.cache_gib, 0, math.inf),
         "model.init_std": (config.model.init_std, 0, 1e3),
+        "model.rms_norm_eps": (config.model.rms_norm_eps, 0, 1),
+        "model.latent_norm_eps": (config.model.latent_norm_eps, 0, 1),
+        "model.rope_theta": (config.model.rope_theta, 1, math.inf),
+        "model.beta_fast": (config.model.beta_fast, 1e-3, math.inf),
+        "model.beta_slow": (config.model.beta_slow, 1e-3, math.inf),
         "model.seq_aux_loss_alpha": (config.model.seq_aux_loss_alpha, 0, math.inf),
         "schedule.warmup_tokens": (s.warmup_tokens, 0, math.inf),
         "schedule.min_lr_ratio": (s.min_lr_ratio, 0, 1),
@@ -131,7 +136,7 @@ def _model(config: Config) -> list[str]:
     m = config.model
     problems = []
     positive = "num_layers hidden_size num_attention_heads kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim "
-    for name in (positive + "intermediate_size vocab_size").split():
+    for name in (positive + "intermediate_size vocab_size n_group original_max_position_embeddings").split():
         if getattr(m, name) < 1:
             problems.append(f"model.{name}={getattr(m, name)} must be at least 1")
     if m.num_nextn_predict_layers < 0 or (m.q_lora_rank is not None and m.q_lora_rank < 1):

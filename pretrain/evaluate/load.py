@@ -5,7 +5,6 @@ Tensors are read one at a time into the model. MTP layers, which neither likelih
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -25,7 +24,7 @@ from perilune.pretrain.hf.config import config_from_hf
 from perilune.pretrain.hf.folder import read_json
 from perilune.pretrain.hf.importing import Reader
 from perilune.pretrain.hf.source import Checkpoint, checkpoint_of, neither
-from perilune.pretrain.hf.table import tensors
+from perilune.pretrain.hf.table import Tensor
 from perilune.pretrain.hf.weights import WeightFolder
 from perilune.pretrain.schema import Config, Model, Precision
 
@@ -86,7 +85,7 @@ def open_model(path: Path, tokenizer: Path | None = None) -> Loaded:
     checkpoint = Checkpoint(path)
     model = replace(checkpoint.config.model, num_nextn_predict_layers=0)
     net = _build(model, checkpoint.dtype())
-    _fill(net, lambda target, key: target.copy_(checkpoint.read(key)))
+    _fill(net, checkpoint.tensors, lambda target, key: target.copy_(checkpoint.read(key)))
     own = card.tokenizer_of(checkpoint) if tokenizer is None else card.TokenizerFiles()
     where = tokenizer or (own.files[0].parent if own.files else None)
     return Loaded(
@@ -105,17 +104,16 @@ def _from_hf(path: Path, tokenizer: Path | None) -> Loaded:
     raw = read_json(path / "config.json")
     found = config_from_hf(raw)
     model = replace(found, num_nextn_predict_layers=0)
-    table = tensors(model)
     with WeightFolder(path) as weights:
         reader = Reader(weights, raw, found, model)
         net = _build(model, reader.dtype)
 
         def read(target: torch.Tensor, key: str) -> None:
-            for offset, shape, parts in table[key].pieces():
+            for offset, shape, parts in reader.table[key].pieces():
                 place = tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
-                target[place].copy_(reader.piece(table[key], shape, parts))
+                target[place].copy_(reader.piece(reader.table[key], shape, parts))
 
-        _fill(net, read)
+        _fill(net, reader.table, read)
     where = tokenizer or path
     here = (where / "tokenizer.json").is_file() or tokenizer is not None
     text = _text(where, model) if here else None
@@ -134,11 +132,11 @@ def _ids(said: object, path: Path) -> frozenset[int]:
 
 
 def _text(path: Path, model: Model) -> Text:
+    config = read_json(path / "tokenizer_config.json")
     tokenizer = load_tokenizer(path)
     if tokenizer.vocab_size > model.vocab_size:
         raise InputError(f"{path}: this tokenizer has {tokenizer.vocab_size} tokens, the model {model.vocab_size}")
     prefix = list(tokenizer.inner.encode("", add_special_tokens=True).ids)
-    config = json.loads((path / "tokenizer_config.json").read_text(encoding="utf-8"))
     if not prefix and config.get("add_bos_token") and tokenizer.bos_id is not None:
         prefix = [tokenizer.bos_id]
     return Text(tokenizer, tuple(prefix), frozenset({tokenizer.eos_id}))
@@ -152,10 +150,13 @@ def _build(model: Model, dtype: torch.dtype) -> backbone.Backbone:
     return net
 
 
-def _fill(net: backbone.Backbone, read: Callable[[torch.Tensor, str], Any]) -> None:
-    """`read(tensor, its name in a checkpoint)` for every weight and router bias of `net`."""
+def _fill(net: backbone.Backbone, table: dict[str, Tensor], read: Callable[[torch.Tensor, str], Any]) -> None:
+    """`read(tensor, its name in a checkpoint)` for all of `net`, in fp32 what `table` has so."""
     state = net.state_dict(keep_vars=True)
     with torch.no_grad():
         for name, entry in net.sharded_state_dict().items():
-            if not name.endswith("_extra_state"):
-                read(state[name], entry.key)
+            if name.endswith("_extra_state"):
+                continue
+            if table[entry.key].fp32:
+                state[name].data = state[name].data.float()
+            read(state[name], entry.key)

@@ -18,7 +18,7 @@ import torch
 from perilune.pretrain.data.manifest import read_manifest
 from perilune.pretrain.data.tokenizer import load_tokenizer
 from perilune.pretrain.errors import InputError
-from perilune.pretrain.hf.folder import write_text
+from perilune.pretrain.hf.folder import read_json, write_text
 from perilune.pretrain.hf.source import Checkpoint
 
 # Data only: a tokenizer that needs its own Python file is not copied.
@@ -47,7 +47,7 @@ class TokenizerFiles:
 def tokenizer_of(checkpoint: Checkpoint) -> TokenizerFiles:
     """The tokenizer that the run's data was packed with, or that lay beside the imported weights.
 
-    Raises InputError where one is there and is another than the data's, or has more tokens than the model.
+    Raises InputError where the data's is there and damaged or another, or one has more tokens than the model.
     """
     data, source = checkpoint.config.data, checkpoint.manifest["run_state"].get("imported_from")
     packed = [path for path in (data.path, *data.blend) if path is not None]
@@ -62,10 +62,14 @@ def tokenizer_of(checkpoint: Checkpoint) -> TokenizerFiles:
         return TokenizerFiles(missing="the run names no packed dataset (data.path)")
     if not (path / "tokenizer.json").is_file():
         return TokenizerFiles(missing=f"{path} holds no tokenizer.json")
-    config = json.loads((path / "tokenizer_config.json").read_text(encoding="utf-8"))
-    if "auto_map" in config:
-        return TokenizerFiles(missing=f"the one in {path} needs Python code of its own, which is not copied")
-    tokenizer = load_tokenizer(path)
+    try:
+        if "auto_map" in read_json(path / "tokenizer_config.json"):
+            return TokenizerFiles(missing=f"the one in {path} needs Python code of its own, which is not copied")
+        tokenizer = load_tokenizer(path)
+    except InputError as error:
+        if packed:
+            raise
+        return TokenizerFiles(missing=str(error))  # of another's weights, which are whole without it
     if fingerprint is not None and tokenizer.fingerprint != fingerprint:
         raise InputError(f"{path} is not the tokenizer that {packed[0]} was packed with: its fingerprint differs")
     if tokenizer.vocab_size > checkpoint.config.model.vocab_size:
@@ -85,13 +89,14 @@ def write(folder: Path, checkpoint: Checkpoint, target: torch.dtype, verdict: st
     """README.md: shape, training and provenance as the checkpoint has them."""
     m, config, manifest = checkpoint.config.model, checkpoint.config, checkpoint.manifest
     run_state = manifest["run_state"]
-    parameters = sum(math.prod(t.shape) for t in checkpoint.tensors.values() if not t.fp32)
+    parameters = sum(math.prod(t.shape) for t in checkpoint.tensors.values() if t.router or not t.fp32)
+    heads = f"{m.num_attention_heads} (MLA, KV latent {m.kv_lora_rank}, query latent {m.q_lora_rank or 'none'})"
     facts = {
         "Architecture": "`DeepseekV3ForCausalLM`",
         "Parameters": f"{parameters:,} (embedding and head once each, MTP included, router biases not)",
         "Layers": f"{m.num_layers}, the first {m.first_k_dense_replace} dense; then {m.num_nextn_predict_layers} MTP",
         "Hidden size": f"{m.hidden_size:,}",
-        "Attention heads": f"{m.num_attention_heads} (MLA, KV latent {m.kv_lora_rank}, query latent {m.q_lora_rank})",
+        "Attention heads": heads,
         "Vocabulary": f"{m.vocab_size:,}",
         "Longest position": f"{m.max_position_embeddings:,}",
         "Tensors": _type_of_tensors(checkpoint, target),

@@ -131,6 +131,11 @@ def not_expressible(m: Model) -> Iterator[str]:
             f"model.n_routed_experts={E} in model.n_group={G} groups leaves {E // G} expert a group, but transformers "
             "sums the best 2 of each"
         )
+    if K == 1:
+        yield (
+            "model.num_experts_per_tok=1: Megatron-core leaves the weight of a token's only expert as the router gives "
+            "it, transformers divides it by itself. 2 or more give the same model there"
+        )
     if not m.n_shared_experts:
         yield "model.n_shared_experts=0, but transformers builds a shared expert in every expert layer"
 
@@ -184,22 +189,23 @@ def config_from_hf(config: Mapping[str, Any]) -> Model:
     }
     for name, expected in derived.items():
         if config.get(name) not in (None, expected):
-            raise InputError(f"config.json contradicts itself: {name}={config[name]}, by its other fields {expected}")
+            raise InputError(f"config.json contradicts itself: {name}={config[name]!r}, by its other fields {expected}")
     return model
 
 
 def dtype_of(config: Mapping[str, Any]) -> str:
     """`float32` or `bfloat16`. Raises InputError for another, for none, and where old and new field differ."""
-    said = {config[name] for name in ("dtype", "torch_dtype") if config.get(name) is not None}
+    said = {str(config[name]) for name in ("dtype", "torch_dtype") if config.get(name) is not None}
     if len(said) != 1 or not said <= {"float32", "bfloat16"}:
-        named = " and ".join(map(str, sorted(map(str, said)))) or "no dtype"
+        named = " and ".join(sorted(said)) or "no dtype"
         raise InputError(f"config.json names {named}; weights are read in float32 or bfloat16")
-    return str(said.pop())
+    return said.pop()
 
 
 def _check_fixed(config: Mapping[str, Any]) -> None:
     kind, architectures = config.get("model_type"), config.get("architectures")
-    if kind != MODEL_TYPE or (architectures is not None and ARCHITECTURE not in architectures):
+    named = architectures is None or (isinstance(architectures, list) and ARCHITECTURE in architectures)
+    if kind != MODEL_TYPE or not named:
         raise InputError(
             f"config.json is of model_type {kind!r} and architectures {architectures!r}; only {MODEL_TYPE!r} with "
             f"{ARCHITECTURE} is read"
@@ -221,7 +227,11 @@ def _value(config: Mapping[str, Any], theirs: str, ours: str) -> Any:
         return 0
     if value is ...:
         raise InputError(f"config.json has no {theirs}; without it the model is not known")
-    return _typed(theirs, value, _HINTS[ours])
+    value = _typed(theirs, value, _HINTS[ours])
+    least = 1 if theirs in ("n_group", "topk_group") else 0
+    if value is not None and value < least:
+        raise InputError(f"config.json has {theirs}={value}, which must be at least {least}")
+    return value
 
 
 def _typed(name: str, value: Any, hint: Any) -> Any:
@@ -230,7 +240,11 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
         return None
     kind = members[0]
     fits = isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
-    if not fits or (kind is float and not math.isfinite(value)):
+    try:
+        fits = fits and (kind is not float or math.isfinite(value))
+    except OverflowError:  # an integer beyond the largest float
+        fits = False
+    if not fits:
         raise InputError(f"config.json has {name}={value!r}, which is not {kind.__name__}")
     return kind(value)
 
@@ -273,7 +287,7 @@ def _rope_from_hf(config: Mapping[str, Any]) -> dict[str, Any]:
         raise InputError(f"config.json's YaRN has factor={values['rope_scaling_factor']}, which must be above 1")
     model = dataclasses.replace(Model(), **values)
     ours = _attention_factor(model)
-    theirs = _transformers_attention_factor(model) if stated is None else stated
+    theirs = _transformers_attention_factor(model) if stated is None else _typed("attention_factor", stated, float)
     if not math.isclose(theirs, ours, rel_tol=1e-12):
         raise InputError(
             f"config.json's YaRN makes transformers multiply cos and sin by {theirs}, while mscale and mscale_all_dim "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     """Yields a hidden folder beside `out`, which becomes `out` if the body ends well and is removed if it raises.
 
     What a killed process leaves is `.NAME.XXXXXXXX.partial`, which nothing takes for complete. Raises InputError if
-    `out` is there already, before and after: it is never written over.
+    `out` is there already, before and after: it is never written over; and for a full disk.
     """
     out = out.absolute()
     refuse_existing(out)
@@ -32,9 +33,20 @@ def new_folder(out: Path) -> Iterator[Path]:
         refuse_existing(out)
         os.rename(temporary, out)
         sync_folder(out.parent)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if full := _full_disk(error):
+            raise InputError(f"{out} was not written: {full.strerror}; make room, or name another --out") from error
         raise
+
+
+def _full_disk(error: BaseException | None) -> OSError | None:
+    """The error of a full disk that `error` is or hides: torch's writer puts one of its own before it."""
+    while error is not None and not isinstance(error, InputError):
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def refuse_existing(out: Path) -> None:
@@ -62,6 +74,8 @@ def read_json(path: Path) -> dict[str, Any]:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise InputError(f"{path} is missing") from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON: {error}") from error
     if not isinstance(tree, dict):

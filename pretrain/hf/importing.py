@@ -58,7 +58,7 @@ def import_hf(
         reader = Reader(weights, raw, found, config.model)
         for note in reader.notes:
             say(note)
-        _write(reader, config.model, temporary)
+        _write(reader, temporary)
         write_text(temporary / files.CONFIG, _yaml(config, overrides))
         files.write_manifest(temporary, _manifest(folder, temporary))
     say(f"{len(list(blocks(config.model))):,} tensors of {folder}: {out}")
@@ -90,7 +90,8 @@ def _yaml(config: Config, overrides: Sequence[str]) -> str:
 
 
 class Reader:
-    """The folder's tensors under our names, in the type that config.json states; FP8 blocks in that type too.
+    """The folder's tensors under our names, in the type that config.json states; FP8 blocks in that type too, routers
+    in fp32 where they are stored so.
 
     Raises InputError at once, naming the first ones, if any tensor is not what the table says.
     """
@@ -102,7 +103,12 @@ class Reader:
         self.dtype: torch.dtype = getattr(torch, said)
         self._type = _TYPES[said]
         self._fp8 = _fp8(raw)
-        wanted = {block.theirs: block for block in blocks(model)}
+        held = weights.entries
+        self.table = {
+            name: t.in_fp32() if t.router and held.get(t.blocks[0].theirs, _NOTHING).dtype == "F32" else t
+            for name, t in tensors(model).items()
+        }
+        wanted = {block.theirs: block for tensor in self.table.values() for block in tensor.blocks}
         problems = [*self._names(wanted, found), *self._shapes(wanted)]
         if problems:
             more = f" and {len(problems) - _NAMED} more" if len(problems) > _NAMED else ""
@@ -215,12 +221,12 @@ def _fp8(raw: dict[str, object]) -> bool:
 class _Planner(DefaultSavePlanner):
     """Makes each piece when torch's writer asks for it, and holds none."""
 
-    def __init__(self, reader: Reader, model: Model) -> None:
+    def __init__(self, reader: Reader) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self._reader = reader
         self._pieces: dict[tuple[str, tuple[int, ...]], tuple[Tensor, tuple[int, ...], tuple[Block, ...]]] = {}
         items = []
-        for tensor in tensors(model).values():
+        for tensor in reader.table.values():
             properties = TensorProperties(dtype=torch.float32 if tensor.fp32 else reader.dtype)
             for offset, shape, parts in tensor.pieces():
                 self._pieces[tensor.name, offset] = (tensor, shape, parts)
@@ -255,9 +261,9 @@ class _Writer(dcp.FileSystemWriter):
         return StorageMeta()
 
 
-def _write(reader: Reader, model: Model, folder: Path) -> None:
+def _write(reader: Reader, folder: Path) -> None:
     """The steps of torch's `dcp.save` for one process, whose own wraps every error in one that hides it."""
-    planner = _Planner(reader, model)
+    planner = _Planner(reader)
     writer = _Writer(folder, single_file_per_rank=True, thread_count=1, sync_files=True)
     writer.set_up_storage_writer(True)
     plans, metadata = create_default_global_save_plan([writer.prepare_local_plan(plan) for plan in planner.plans])

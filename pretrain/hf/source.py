@@ -42,6 +42,9 @@ class Checkpoint:
         self._stored = shards.stored_shapes(self._metadata)
         self._held: dict[MetadataIndex, torch.Tensor] = {}
         self._check()
+        if {self._stored[t.name][1] for t in self.tensors.values() if not (t.fp32 or t.router)} != {"float32"}:
+            routers = (t for t in self.tensors.values() if t.router and self._stored[t.name][1] == "float32")
+            self.tensors |= {t.name: t.in_fp32() for t in routers}
 
     @property
     def run_dir(self) -> Path | None:

@@ -10,7 +10,7 @@ Legend: H hidden, V vocabulary, N heads, E experts, F expert FFN.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from perilune.pretrain.schema import Model
 
@@ -24,6 +24,7 @@ class Block:
     ours: str
     index: tuple[int | slice, ...] = ()
     fp32: bool = False  # stored in fp32 whatever the export's dtype
+    router: bool = False  # stored in fp32 beside bf16 weights where it comes so, as transformers 5.24 saves it
     copy: bool = False  # a second copy of a tensor that stands elsewhere: written, checked on import, not read
 
     @property
@@ -60,6 +61,15 @@ class Tensor:
     shape: tuple[int, ...]
     fp32: bool  # in fp32 whatever the model's dtype
     blocks: tuple[Block, ...]
+
+    @property
+    def router(self) -> bool:
+        """Whether it may be in fp32 beside bf16 weights."""
+        return self.blocks[0].router
+
+    def in_fp32(self) -> Tensor:
+        """The same tensor, in fp32 whatever the model's dtype."""
+        return replace(self, fp32=True, blocks=tuple(replace(block, fp32=True) for block in self.blocks))
 
     def pieces(self) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], tuple[Block, ...]]]:
         """(offset, shape, blocks without copies) of the parts in which it is written: expert by expert, else whole."""
@@ -117,7 +127,7 @@ def _layer(m: Model, theirs: str, ours: str, expert: bool) -> Iterator[Block]:
         yield from _swiglu(f"{theirs}.mlp", f"{ours}.mlp", H, m.intermediate_size)
         return
     a, b, F = f"{theirs}.mlp", f"{ours}.mlp", m.moe_intermediate_size
-    yield Block(f"{a}.gate.weight", (m.n_routed_experts, H), f"{b}.router.weight")
+    yield Block(f"{a}.gate.weight", (m.n_routed_experts, H), f"{b}.router.weight", router=True)
     yield Block(f"{a}.gate.e_score_correction_bias", (m.n_routed_experts,), f"{b}.router.expert_bias", fp32=True)
     for e in range(m.n_routed_experts):
         w1, w2 = f"{b}.experts.experts.linear_fc1.weight", f"{b}.experts.experts.linear_fc2.weight"

@@ -135,7 +135,7 @@ def scale_shape(shape: Sequence[int]) -> tuple[int, ...]:
 def parse_size(text: str) -> int:
     """Bytes: `5GB`, `500MB` (10^9, 10^6, as in transformers), `4GiB`. Raises InputError."""
     units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]+)", text.strip())
+    match = re.fullmatch(r"(\d{1,12}(?:\.\d+)?)\s*([A-Za-z]+)", text.strip())
     if not match or match[2].upper() not in units or not (size := int(float(match[1]) * units[match[2].upper()])):
         raise InputError(f"--max-shard-size {text!r}: give a number and one of KB, MB, GB, KiB, MiB, GiB, as in 5GB")
     return size

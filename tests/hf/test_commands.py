@@ -134,6 +134,21 @@ def test_tokenizer_of_the_run(with_data: Path, tmp_path: Path, pool: Workers) ->
     assert (tmp_path / "z/tokenizer.json").read_bytes() == (with_data / "tok/tokenizer.json").read_bytes()
 
 
+@pytest.mark.parametrize("text", ["{", "[]", None])
+def test_a_damaged_tokenizer_of_imported_weights_is_left_out(text: str | None, home: Path, tmp_path: Path) -> None:
+    x = shutil.copytree(home / "x", tmp_path / "x")
+    (x / "tokenizer.json").write_text("{}")
+    if text is not None:
+        (x / "tokenizer_config.json").write_text(text)
+    import_hf(x, tmp_path / "ck")
+    said: list[str] = []
+    export(tmp_path / "ck", tmp_path / "y", say=said.append)
+    assert "no tokenizer in the export" in said[1] and "tokenizer_config.json" in said[1]
+    assert not list((tmp_path / "y").glob("tokenizer*"))
+    done = run("generate", x, "--prompt", "a")
+    assert done.exit_code == 2 and "tokenizer_config.json" in done.output
+
+
 def test_the_card_holds_what_the_run_measured_at_that_step(with_data: Path, tmp_path: Path) -> None:
     lines = [{"step": 1, "loss": 9.0}, {"step": 0, "loss": 2.5, "valid_loss": 2.0, "valid_bpb": 1.25}]
     (with_data / "run" / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 0')

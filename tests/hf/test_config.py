@@ -60,6 +60,7 @@ def models(draw: Any) -> Model:
     sizes = st.integers(1, 40)
     groups = draw(st.sampled_from([1, 2, 4]))
     kept = draw(st.integers(1, groups))
+    active = st.integers(2, 40)
     layers = draw(st.integers(1, 8))
     dense = draw(st.booleans())
     yarn = draw(st.booleans())
@@ -77,7 +78,7 @@ def models(draw: Any) -> Model:
         qk_rope_head_dim=2 * draw(sizes), v_head_dim=draw(sizes), intermediate_size=draw(sizes),
         first_k_dense_replace=layers if dense else draw(st.integers(0, layers - 1)),
         n_routed_experts=0 if dense else groups * draw(st.integers(2, 8)), n_shared_experts=draw(st.integers(1, 3)),
-        num_experts_per_tok=2 * kept if kept < groups else draw(sizes), moe_intermediate_size=draw(sizes),
+        num_experts_per_tok=2 * kept if kept < groups else draw(active), moe_intermediate_size=draw(sizes),
         n_group=groups, topk_group=kept, routed_scaling_factor=draw(real), norm_topk_prob=draw(st.booleans()),
         seq_aux_loss_alpha=draw(st.floats(0, 1)), num_nextn_predict_layers=draw(st.integers(0, 3)),
         vocab_size=draw(sizes), rms_norm_eps=draw(st.sampled_from([1e-5, 1e-6])), rope_theta=draw(st.floats(100, 1e6)),
@@ -138,6 +139,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "NaN": ({"routed_scaling_factor": float("nan")}, "routed_scaling_factor=nan"),
     "grouped queries": ({"num_key_value_heads": 8}, "num_key_value_heads=8, by its other fields 128"),
     "head dim": ({"qk_head_dim": 128}, "qk_head_dim=128, by its other fields 192"),
+    "types in a list": ({"torch_dtype": ["bfloat16"], "architectures": 5}, "architectures 5"),
+    "no groups": ({"n_group": 0}, "n_group=0, which must be at least 1"),
+    "no group kept": ({"topk_group": 0}, "topk_group=0, which must be at least 1"),
+    "fewer than no experts": ({"n_routed_experts": -4}, "n_routed_experts=-4, which must be at least 0"),
+    "beyond a float": ({"routed_scaling_factor": 10**400}, "which is not float"),
     "two MTP depths": ({"num_mtp_layers": 2}, "num_mtp_layers=2"),
     "two bases": ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 5e4}}, "rope_theta is 50000.0"),
     "YaRN and none": ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "rope_type is default"),
@@ -148,6 +154,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"rope_scaling": {"type": "yarn", "factor": 4, "original_max_position_embeddings": 64, "mscale": 1.0}}, "one of"
     ),
     "YaRN's factor disagrees": ({"rope_scaling": V3["rope_scaling"] | {"attention_factor": 2.0}}, "multiply cos"),  # type: ignore[operator]
+    "YaRN's factor is text": ({"rope_scaling": V3["rope_scaling"] | {"attention_factor": "2"}}, "='2', which is not"),  # type: ignore[operator]
+    "one expert a token": (
+        {"num_experts_per_tok": 1, "n_group": 1, "topk_group": 1}, "transformers divides it by itself"
+    ),
     "top-3 of a group": ({"num_experts_per_tok": 12}, "K/M = 12/4 = 3"),
     "one expert a group": ({"n_group": 256, "topk_group": 256}, "leaves 1 expert"),
     "tied": ({"tie_word_embeddings": True}, "head of its own"),
@@ -176,6 +186,7 @@ def test_a_group_rule_without_effect_is_written() -> None:
         ({"n_group": 4, "topk_group": 1, "num_experts_per_tok": 1}, "K/M = 1/1 = 1"),
         ({"n_group": 4, "topk_group": 2, "num_experts_per_tok": 2}, "tokens would go to other experts"),
         ({"n_shared_experts": 0}, "shared expert"),
+        ({"num_experts_per_tok": 1}, "num_experts_per_tok=1"),
     ],
 )
 def test_not_written(changes: dict[str, Any], message: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import shutil
 import threading
 import time
@@ -130,6 +131,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "pickle": (lambda f: (f / SINGLE).rename(f / "pytorch_model.bin") and None, "pytorch_model.bin is a pickle"),
     "no config": (lambda f: (f / "config.json").unlink(), "config.json is missing"),
     "config cut": (cut("config.json", 9), "config.json is not JSON"),
+    "config a folder": (
+        both(lambda f: (f / "config.json").unlink(), lambda f: (f / "config.json").mkdir()),
+        "config.json cannot be read",
+    ),
     "config a list": (lambda f: (f / "config.json").write_text("[]") and None, "holds a list"),
     "a layer more said": (config(num_hidden_layers=3), "is missing"),
     "an expert less said": (config(n_routed_experts=3), "experts.3."),
@@ -137,6 +142,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "another type said": (config(dtype="bfloat16"), "is of type F32, by config.json BF16"),
     "no type said": (config(dtype=...), "names no dtype"),
     "float16 said": (config(dtype="float16"), "names float16"),
+    "types in a list": (config(dtype=["float32"]), "names ['float32']"),
+    "no base of RoPE": (config(rope_parameters={"rope_type": "default", "rope_theta": 0.0}), "model.rope_theta=0.0"),
+    "negative eps": (config(rms_norm_eps=-1e-6), "rms_norm_eps=-1e-06"),
     "two types said": (config(torch_dtype="bfloat16"), "bfloat16 and float32"),
     "a rule not built": (config(norm_topk_prob=False), "norm_topk_prob"),
 }  # fmt: skip
@@ -226,6 +234,19 @@ def test_interrupted(tmp_path: Path, good: Path, checkpoint: Path, monkeypatch: 
     with pytest.raises(KeyboardInterrupt):
         export(checkpoint, tmp_path / "y")
     assert len(seen) == 21 and not any(seen) and list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_one_sentence(tmp_path: Path, good: Path, checkpoint: Path) -> None:
+    """The limit on the size of a file stands for it; torch's writer answers with an error of its own."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10**4, before[1]))
+    try:
+        for run in (lambda: import_hf(good, tmp_path / "y"), lambda: export(checkpoint, tmp_path / "y")):
+            with pytest.raises(InputError, match=r"y was not written: File too large; make room"):
+                run()
+            assert list(tmp_path.iterdir()) == []
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 # ---------------------------------------------------------------- damaged checkpoints
@@ -334,6 +355,6 @@ def test_memory_is_a_few_experts_not_a_layer_of_them(tmp_path: Path) -> None:
 
 def test_shard_sizes_in_words() -> None:
     assert parse_size("5GB") == 5 * 10**9 and parse_size("1.5GiB") == 3 * 2**29 and parse_size("200 mb") == 2 * 10**8
-    for wrong in ("5", "GB", "-1GB", "5TBB", "0KB"):
+    for wrong in ("5", "GB", "-1GB", "5TBB", "0KB", "9" * 400 + "GB"):
         with pytest.raises(InputError, match="max-shard-size"):
             parse_size(wrong)

@@ -83,6 +83,24 @@ def test_sharded_folder_of_transformers(tmp_path: Path) -> None:
     same_tensors(x, tmp_path / "y")
 
 
+def test_routers_in_fp32_beside_bf16(tmp_path: Path, pool: Workers) -> None:
+    """As transformers from 5.24 on loads and saves bf16 models; a router trained there is not bf16 any more."""
+    x = folders.write(tmp_path / "x", folders.TINY, torch.bfloat16)
+    tensors = folders.all_tensors(x)
+    routers = [name for name in tensors if name.endswith("gate.weight")]
+    tensors |= {name: tensors[name].float() + 1e-4 for name in routers}
+    tensors |= {name: tensor.float() for name, tensor in tensors.items() if name.endswith("bias")}
+    folders.save(x, tensors)
+    import_hf(x, tmp_path / "checkpoint")
+    export(tmp_path / "checkpoint", tmp_path / "y", verified_by=partial(verify, workers=pool))
+    same_tensors(x, tmp_path / "y")
+    export(tmp_path / "checkpoint", tmp_path / "z", dtype="fp32")
+    assert all(torch.equal(t, tensors[name].float()) for name, t in folders.all_tensors(tmp_path / "z").items())
+    folders.save(x, tensors | {routers[0]: tensors[routers[0]].half()})
+    with pytest.raises(ValueError, match=r"is of type F16, by config\.json BF16"):
+        import_hf(x, tmp_path / "never")
+
+
 def test_shards_are_bounded_and_aligned(tmp_path: Path) -> None:
     x = folders.write(tmp_path / "x", folders.MODELS["odd sizes"], torch.bfloat16)
     import_hf(x, tmp_path / "checkpoint")
