@@ -167,7 +167,7 @@ def _model(config: Config) -> list[str]:
         if getattr(m, name) < least:
             problems.append(f"model.{name}={getattr(m, name)} must be at least {least}")
     K, M, G, E = m.num_experts_per_tok, m.topk_group, m.n_group, m.n_routed_experts
-    if E % G:
+    if G < 1 or E % G:
         problems.append(f"model.n_routed_experts={E} does not divide into model.n_group={G} equal groups")
     elif not 1 <= M <= G:
         problems.append(f"model.topk_group={M} must be between 1 and model.n_group={G}")

@@ -87,7 +87,7 @@ def _question(line: bytes, place: str) -> Question:
         raise InputError(f"{place}: {_shown(what)}; a line is an object with exactly {', '.join(_KEYS)}")
     for key, kind in _KEYS.items():
         if not isinstance(value[key], kind) or isinstance(value[key], bool):
-            raise InputError(f"{place}: {key} is {_shown(value[key])}; it must be of type {kind.__name__}")
+            raise InputError(f"{place}: {key} is {_shown(repr(value[key]))}; it must be of type {kind.__name__}")
     choices = value["choices"]
     if not value["task"]:
         raise InputError(f"{place}: task is ''; it must be a name")

@@ -73,7 +73,9 @@ def _pick(logits_BV: torch.Tensor, temperature: float, top_p: float, generators:
 
 def probabilities(logits_BV: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
     """[B, V] of what is drawn from: zero for tokens outside the fewest likeliest ones that together reach `top_p`."""
-    probs_BV = (logits_BV.float() / temperature).softmax(-1)
+    # From the largest on and in fp64: the smallest temperature then makes nothing infinite but what has no chance.
+    below_BV = logits_BV.double() - logits_BV.double().amax(-1, keepdim=True)
+    probs_BV = (below_BV / temperature).softmax(-1).float()
     if top_p < 1:
         sorted_BV, order_BV = probs_BV.sort(-1, descending=True)
         outside_BV = sorted_BV.cumsum(-1) - sorted_BV >= top_p  # those before it reach top_p already

@@ -109,7 +109,7 @@ def test_choices_part_from_the_context_at_one_token(tokenizer_path: Path) -> Non
         (GOOD | {"task": ""}, "task is ''; it must be a name"),
         (GOOD | {"task": 3}, "task is 3; it must be of type str"),
         (GOOD | {"context": None}, "context is None; it must be of type str"),
-        (GOOD | {"choices": "ab"}, "choices is ab; it must be of type list"),
+        (GOOD | {"choices": "ab"}, "choices is 'ab'; it must be of type list"),
         (GOOD | {"choices": ["a"]}, "choices is ['a']; it must hold two or more strings"),
         (GOOD | {"choices": ["a", ""]}, "none of them empty"),
         (GOOD | {"choices": ["a", 1]}, "choices is ['a', 1]; it must hold two or more strings"),

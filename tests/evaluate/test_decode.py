@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import evaluate_ranks as ranks
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from perilune.parallel.workers import Workers
 from perilune.pretrain.evaluate.generate import probabilities
@@ -84,3 +86,20 @@ def test_probabilities_equal_transformers(temperature: float, top_p: float) -> N
     logits = 3 * torch.randn(5, 50, generator=torch.Generator().manual_seed(0))
     expected = TopPLogitsWarper(top_p)(None, TemperatureLogitsWarper(temperature)(None, logits)).softmax(-1)
     torch.testing.assert_close(probabilities(logits, temperature, top_p), expected)
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-300, 5e-324])
+def test_the_smallest_temperatures_are_greedy(temperature: float) -> None:
+    logits = 3 * torch.randn(5, 50, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(probabilities(logits, temperature, 1.0), torch.eye(50)[logits.argmax(-1)])
+
+
+def test_routers_in_fp32_beside_bf16_stay_so(hf: Folder, workers: Workers, tmp_path: Path) -> None:
+    tensors = load_file(hf("plain") / "model.safetensors")
+    tensors = {name: t if ".mlp.gate." in name else t.bfloat16() for name, t in tensors.items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    config = json.loads((hf("plain") / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | dict.fromkeys(("dtype", "torch_dtype"), "bfloat16")))
+    weight, continued = workers.run(1, ranks.router, tmp_path, PROMPTS, NEW)[0]
+    assert torch.equal(weight, tensors["model.layers.1.mlp.gate.weight"]) and weight.dtype is torch.float32
+    assert [len(one.tokens) for one in continued] == [NEW] * len(PROMPTS)

@@ -37,6 +37,12 @@ def continuations(
     return generate(_open(path).net, prompts, new, eos_ids=eos_ids)
 
 
+def router(path: Path, prompts: list[list[int]], new: int) -> tuple[torch.Tensor, list[Continuation]]:
+    """The router of the first expert layer as the model holds it, and what it continues the prompts with."""
+    net = _open(path).net
+    return net.decoder.layers[1].mlp.router.weight.detach(), generate(net, prompts, new)
+
+
 def sampled(path: Path, prompts: Sequence[Sequence[int]], seed: int) -> list[Continuation]:
     """Twelve tokens drawn."""
     return generate(_open(path).net, prompts, 12, temperature=0.8, top_p=0.9, seed=seed)
