@@ -15,9 +15,16 @@ from perilune.pretrain.schema import Config
 
 def check(config: Config, world: int) -> None:
     """Raise InputError for the first thing in `config` that does not fit `world` processes, or is not built."""
+    check_fits(config, world)
+    for problem in _not_built(config):
+        raise InputError(problem)
+
+
+def check_fits(config: Config, world: int) -> None:
+    """Raise InputError for the first number in `config` that does not fit the others or `world` processes."""
     mesh = mesh_of(config, world)
     # One after the other: each may count on what those before it have let pass.
-    for rule in (_not_built, _model, _batch, partial(_layout, mesh=mesh)):
+    for rule in (_model, _batch, partial(_layout, mesh=mesh)):
         for problem in rule(config):
             raise InputError(problem)
 

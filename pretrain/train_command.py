@@ -37,7 +37,8 @@ def train_command(
     started_by_other = _world_of_environment()
     inside = started_by_other is not None
     world = started_by_other or nproc or _processes(config, gpus)
-    if dry_run:
+    if dry_run:  # a plan with what is not built yet is shown before it is refused
+        rules.check_fits(config, world)
         print(describe(config, world, run_dir))
     rules.check(config, world)
     if dry_run:  # the plan may be for another machine
