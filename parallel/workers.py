@@ -25,7 +25,10 @@ class WorkerError(RuntimeError):
 
 
 class Workers:
-    """Up to `size` processes of one machine, each with its own interpreter, ended by `close` or with their parent."""
+    """Up to `size` processes of one machine, each with its own interpreter, ended by `close` or with their parent.
+
+    They compute on the GPUs of the machine if there is one for each, else all on its CPU.
+    """
 
     def __init__(self, size: int, threads: int = 1, timeout_s: float = 120.0) -> None:
         self.size, self._threads, self._timeout_s = size, threads, timeout_s
@@ -83,8 +86,11 @@ class Workers:
     def _start(self, world: int) -> None:
         """Bring the processes up to `world`; those beyond what was asked for so far never start."""
         context = get_context("spawn")
-        before = os.environ.get("OMP_NUM_THREADS")
-        os.environ["OMP_NUM_THREADS"] = str(self._threads)
+        settings = {"OMP_NUM_THREADS": str(self._threads)}
+        if not self._gpu_each():
+            settings["CUDA_VISIBLE_DEVICES"] = ""
+        before = {name: os.environ.get(name) for name in settings}
+        os.environ.update(settings)
         try:
             for _ in range(len(self._processes), world):
                 here, there = context.Pipe()
@@ -94,10 +100,17 @@ class Workers:
                 self._processes.append(process)
                 self._pipes.append(here)
         finally:
-            if before is None:
-                del os.environ["OMP_NUM_THREADS"]
-            else:
-                os.environ["OMP_NUM_THREADS"] = before
+            for name, value in before.items():
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value
+
+    def _gpu_each(self) -> bool:
+        """Whether this machine has a GPU for every process: NCCL refuses two on one."""
+        import torch
+
+        return torch.cuda.device_count() >= self.size
 
 
 def _serve(pipe: Connection, timeout_s: float) -> None:

@@ -7,14 +7,17 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from perilune.parallel.workers import Workers
 from perilune.pretrain.errors import InputError
-from perilune.pretrain.parity import layouts, pages
-from perilune.pretrain.parity.matrix import Matrix, Result
+from perilune.pretrain.parity import layouts
+
+if TYPE_CHECKING:
+    from perilune.pretrain.parity.matrix import Result
 
 
 def parity_command(max_procs: int, out: Path, only: str | None, dry_run: bool) -> int:
@@ -32,6 +35,9 @@ def parity_command(max_procs: int, out: Path, only: str | None, dry_run: bool) -
     warnings.filterwarnings("ignore", module=r"megatron\.")  # that Transformer Engine and apex are not here
     # Workers inherit it; each holds one thread, so more of them than cores take turns.
     os.environ["PYTHONWARNINGS"] = "ignore"
+    from perilune.pretrain.parity import pages  # only now: Megatron-core warns as it is imported
+    from perilune.pretrain.parity.matrix import Matrix
+
     console = Console(stderr=True)
     results: list[Result] = []
     command = "perilune parity" + (f" --max-procs {max_procs}" if max_procs != 8 else "")

@@ -78,7 +78,8 @@ def _products(max_procs: int) -> list[Case]:
             fits = world % (tp * pp * cp) == 0 and world % (ep * etp * pp) == 0
             if not fits or pp * vpp > MOST_STAGES or (vpp > 1 and pp == 1):
                 continue
-            if world == 8 and etp not in (1, tp):  # every other product of expert axes is met with fewer processes
+            # With eight processes, of the other products of expert axes only that which fewer have no room for.
+            if world == 8 and etp not in (1, tp) and not etp == ep == pp == 2:
                 continue
             turn = world // (tp * pp * cp) + tp + pp // 2 + vpp + cp + ep + etp
             parallel = Parallel(tp=tp, pp=pp, vpp=vpp, cp=cp, ep=ep, etp=etp)

@@ -16,7 +16,7 @@ import torch
 from perilune.parallel.workers import Workers
 from perilune.pretrain.parity import fixture, layouts, pages, probe
 from perilune.pretrain.parity.layouts import Case
-from perilune.pretrain.parity.matrix import TOLERANCES, Matrix, Result, deviations
+from perilune.pretrain.parity.matrix import TOLERANCES, Matrix, Result, _update, deviations
 from perilune.pretrain.schema import Parallel, Recompute
 
 ALL = {case.name: case for case in layouts.matrix(8)}
@@ -42,6 +42,7 @@ dp8 ep8
 pp4 dp2 ep2
 tp2 cp2 dp2 ep4 allgather
 tp2 pp2 vpp2 cp2 ep2 micro2
+pp2 cp2 dp2 ep2 etp2 micro2
 """.strip().splitlines()
 SMALL = [name for name, case in ALL.items() if case.world <= 2 and "recompute" not in name]
 
@@ -74,6 +75,7 @@ def test_what_is_nan_or_missing_is_out_of_tolerance(matrix: Matrix) -> None:
         "gradient ": replace(whole, gradients=spoilt(whole.gradients, lambda values: values[:1])),
         "gradient  ": replace(whole, gradients=[piece for piece in whole.gradients if piece[0] != key]),
         "update": replace(whole, weights=[piece for piece in whole.weights if piece[0] != key]),
+        "update ": replace(whole, weights=spoilt(whole.weights, lambda values: np.nextafter(values, np.float32(9)))),
         "update replicas": replace(whole, weights=spoilt(whole.weights, lambda values: values * math.nan)),
         "biases": replace(whole, biases=[(k, s, at, v * math.nan) for k, s, at, v in whole.biases]),
         "loss": replace(whole, steps=nan),
@@ -82,6 +84,18 @@ def test_what_is_nan_or_missing_is_out_of_tolerance(matrix: Matrix) -> None:
     for what, trained in damaged.items():
         found, worst = deviations(case, one, [trained])
         assert sorted(Result("", 1, 0.0, found, worst).failures) == sorted(what.split()), what
+
+
+def test_rounding_is_forgiven_in_an_element_or_two_of_a_weight() -> None:
+    start = torch.linspace(0.3, 0.4, 16)
+    want = start + 4.5e-6  # as three steps do
+    for away, kept in ((0, True), (1, True), (3, True), (4, False), (16, False)):
+        got = want.clone()
+        got[:away] = torch.nextafter(got[:away], torch.tensor(1.0))
+        assert (_update(got, want, start) <= TOLERANCES["update"]) == kept, away
+    got = want.clone()
+    got[0] += 1e-7  # more than a digit
+    assert _update(got, want, start) > TOLERANCES["update"]
 
 
 def test_the_matrix_is_as_large_as_it_says() -> None:

@@ -1,0 +1,20 @@
+"""Processes kept alive: what they see of the machine."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from perilune.parallel.workers import Workers
+
+
+@pytest.mark.parametrize(("gpus", "seen"), [(1, ""), (2, "0,1")])
+def test_processes_have_a_gpu_each_or_none(gpus: int, seen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL refuses two processes on one GPU."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    with Workers(2) as pool:
+        assert pool.run(1, os.getenv, "CUDA_VISIBLE_DEVICES") == [seen]
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1"
