@@ -63,8 +63,14 @@ def recompute_command(preset: str, overrides: tuple[str, ...], as_json: bool) ->
     Raises InputError for a config that does not run on one process.
     """
     config = configs.resolve(preset, overrides)
-    config = replace(config, parallel=Parallel(), recompute=Recompute())
-    config = replace(config, train=replace(config.train, global_batch_size=config.train.micro_batch_size))
+    rows = max(1, config.train.micro_batch_size)  # less is refused below, under its own name
+    config = replace(
+        config,
+        parallel=Parallel(),
+        recompute=Recompute(),
+        train=replace(config.train, global_batch_size=rows),
+        optim=replace(config.optim, name="adamw"),  # no step is taken
+    )
     rules.check(config, 1)
     rules.check_machine(config, torch.cuda.device_count())
     warnings.filterwarnings("ignore")  # that Transformer Engine and apex are not here, that the profiler has no GPU

@@ -9,7 +9,7 @@ Perilune = Any  # the fixture of tests/conftest.py
 
 
 def test_every_policy_keeps_the_gradients_and_saves_memory(perilune: Perilune) -> None:
-    done = perilune("recompute", "tiny", "train.micro_batch_size=4", "--json")
+    done = perilune("recompute", "tiny", "train.micro_batch_size=4", "optim.name=muon", "--json")  # no step is taken
     costs = {cost["policy"]: cost for cost in json.loads(done.stdout)}
     none = costs.pop("none")
     assert done.returncode == 0 and len(costs) == 10
@@ -18,3 +18,8 @@ def test_every_policy_keeps_the_gradients_and_saves_memory(perilune: Perilune) -
         assert cost["gradients"] <= (1e-6 if "layernorm" in policy else 0.0), policy
         assert cost["bytes"] < none["bytes"], policy
     assert costs["full"]["bytes"] < 0.5 * none["bytes"]
+
+
+def test_a_refusal_names_what_was_asked_for(perilune: Perilune) -> None:
+    done = perilune("recompute", "tiny", "train.micro_batch_size=0")
+    assert done.returncode == 2 and "train.micro_batch_size=0 must be at least 1" in done.stderr
