@@ -238,6 +238,9 @@ def test_what_deviates_is_found() -> None:
     keys = ("loss", "mtp", "balance", "grad_norm")
     for key, step in zip(keys, wrong, strict=True):
         assert outside(replace(trained(), steps=[step])) == {key}
+    (fine,) = trained().steps
+    reference = replace(reference, trained=replace(trained(), steps=[fine, fine]))
+    assert outside(replace(trained(), steps=[fine, replace(fine, loss=math.nan)])) == {"loss"}
 
 
 @pytest.mark.parametrize("script", ["run.sh", "carry.sh"])

@@ -105,9 +105,9 @@ def deviations(run: Config, reference: Reference, got: probe.Trained) -> dict[st
     steps = list(zip(got.steps, want.steps, strict=True))
     for key, field in (("loss", "loss"), ("mtp", "mtp_loss"), ("balance", "aux_loss"), ("grad_norm", "grad_norm")):
         if getattr(want.steps[0], field) is not None:
-            found[key] = max(abs(getattr(g, field) / getattr(w, field) - 1) for g, w in steps)
+            found[key] = max((abs(getattr(g, field) / getattr(w, field) - 1) for g, w in steps), key=_nan_last)
     if want.steps[0].load_LE is not None:
-        found["counts"] = max(float((g.load_LE - w.load_LE).abs().max()) for g, w in steps)
+        found["counts"] = max((float((g.load_LE - w.load_LE).abs().max()) for g, w in steps), key=_nan_last)
     mine, theirs = (probe.named(run, [one.gradients], part=True) for one in (got, want))
     apart = {name: _distance(mine[name], theirs[name]) for name in theirs}
     worst = max(apart, key=lambda name: _nan_last(apart[name]))
@@ -119,7 +119,7 @@ def deviations(run: Config, reference: Reference, got: probe.Trained) -> dict[st
         found["update"] = max(moved, key=_nan_last)
     biases, right = (probe.named(run, [one.biases], part=True) for one in (got, want))
     if right:
-        found["biases"] = max(float((biases[name] - right[name]).abs().max()) for name in right)
+        found["biases"] = max((float((biases[name] - right[name]).abs().max()) for name in right), key=_nan_last)
     found["margin"] = want.margin
     return found
 
