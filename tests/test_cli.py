@@ -136,6 +136,13 @@ def test_a_dry_run_says_what_would_be_possible(words: list[str], says: str) -> N
     assert ("length: " in done.stdout) == (words == ["optim.name=muon"])  # what is not built can be planned
 
 
+def test_parity_refuses_a_folder_that_cannot_be_before_it_starts(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = CliRunner().invoke(main, ["parity", "--max-procs", "1", "--out", str(tmp_path / "file" / "parity")])
+    assert done.exit_code == 2
+    assert "cannot be made" in done.stderr
+
+
 def test_an_input_error_is_one_line_in_a_process_of_its_own(perilune: Any) -> None:
     done = perilune("pack", "--out", "o", "--tokenizer", ".", "--seq-len", "64", "missing.txt")
     assert done.returncode == 2

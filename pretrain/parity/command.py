@@ -32,6 +32,10 @@ def parity_command(max_procs: int, out: Path, only: str | None, dry_run: bool) -
         for case in cases:
             print(f"{case.world}  {case.name}")
         return 0
+    try:
+        out.mkdir(parents=True, exist_ok=True)  # else half an hour would be lost
+    except OSError as error:
+        raise InputError(f"--out {out} cannot be made: {error}") from error
     warnings.filterwarnings("ignore", module=r"megatron\.")  # that Transformer Engine and apex are not here
     # Workers inherit it; each holds one thread, so more of them than cores take turns.
     os.environ["PYTHONWARNINGS"] = "ignore"

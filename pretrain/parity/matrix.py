@@ -32,7 +32,7 @@ TOLERANCES = {
     "update": 1e-3,  # after three steps: Adam amplifies tiny gradients
     "replicas": 0.0,  # weights that several ranks hold, at the end
 }
-_ROUNDED = 3  # elements of a weight that may end a last digit apart, more than 1e-3 of a small weight's update
+ROUNDED = 3  # elements of a weight that may end a last digit apart, more than 1e-3 of a small weight's update
 Train = Callable[..., probe.Trained]  # what a process runs; a planted error wraps `probe.train`
 
 
@@ -174,7 +174,7 @@ def _update(got: torch.Tensor | None, want: torch.Tensor, start: torch.Tensor) -
     away = got.double() - want.double()
     resolved = torch.from_numpy(np.spacing(want.abs().numpy())).double()
     rounded = (away != 0) & (away.abs() <= resolved)  # nan is not
-    if int(rounded.sum()) <= _ROUNDED:
+    if int(rounded.sum()) <= ROUNDED:
         away[rounded] = 0.0
     size = float((want.double() - start.double()).norm())
     return float(away.norm()) / size if size else float(away.norm())

@@ -17,7 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from perilune.pretrain import doctor
 from perilune.pretrain.parity import fixture
-from perilune.pretrain.parity.matrix import TOLERANCES, Result
+from perilune.pretrain.parity.matrix import ROUNDED, TOLERANCES, Result
 
 LABELS = {
     "loss": "loss",
@@ -56,8 +56,9 @@ def _facts(results: Sequence[Result], command: str) -> dict[str, Any]:
             f"group-limited routing, MTP, packed documents with unequal token counts), trained {fixture.STEPS} steps "
             "in fp32 from the same weights on the same batch, beside one process that sees the batch whole. Numbers "
             "are the largest deviation: relative for losses and norm, of a tensor's own norm for the worst gradient "
-            f"(first step) and the worst update (all steps), absolute for the rest. No expert is chosen by less than "
-            f"{fixture.MARGIN:g}, so no tie decides."
+            f"(first step) and the worst update (all steps), absolute for the rest; of updates a last digit in at "
+            f"most {ROUNDED} elements of a weight is none. No expert is chosen by less than {fixture.MARGIN:g}, so no "
+            "tie decides."
         ),
         "made": (
             f"{command}; {os.cpu_count()} x {doctor.cpu_name()}, {versions}, Python {platform.python_version()}, "
