@@ -63,7 +63,7 @@ class Mesh:
         for axis in axes:
             others = math.prod(getattr(self, other) for other in axes if other != axis)
             asked = getattr(self, axis)
-            fits = [n for n in range(1, world + 1) if world % (n * others) == 0]
+            fits = [] if world % others else _divisors(world // others)
             near = [
                 max((n for n in fits if n < asked), default=None),
                 min((n for n in fits if n > asked), default=None),
@@ -85,6 +85,12 @@ class Mesh:
     def describe(self) -> str:
         """All degrees in one line."""
         return f"world={self.world}: tp={self.tp} pp={self.pp} vpp={self.vpp} cp={self.cp} ep={self.ep} etp={self.etp}"
+
+
+def _divisors(number: int) -> list[int]:
+    """In pairs up to the root: a world with a digit too many must not take minutes."""
+    small = [n for n in range(1, min(math.isqrt(number), 1_000_000) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})
 
 
 def device() -> torch.device:

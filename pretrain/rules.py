@@ -234,7 +234,8 @@ def _layout(config: Config, mesh: Mesh) -> list[str]:
         ("etp", p.etp, {"moe_intermediate_size": m.moe_intermediate_size}),
         ("ep", p.ep, {"n_routed_experts": m.n_routed_experts}),
     ):
-        fits = [n for n in range(1, 2 * degree) if not any(size % n for size in sizes.values())]
+        most = min((size for size in sizes.values() if size), default=1)
+        fits = [n for n in range(1, min(2 * degree - 1, most) + 1) if not any(size % n for size in sizes.values())]
         for name, size in sizes.items():
             if size % degree:
                 problems.append(
@@ -254,7 +255,7 @@ def _layout(config: Config, mesh: Mesh) -> list[str]:
         problems.append(
             f"sequence parallel splits train.micro_batch_size*data.seq_len/cp = {config.train.micro_batch_size}*{S}/"
             f"{p.cp} = {tokens} tokens over parallel.tp={p.tp}, which does not divide them; of the degrees near it "
-            f"{[n for n in range(1, 2 * p.tp) if tokens % n == 0][-3:]} do"
+            f"{[n for n in range(1, min(2 * p.tp - 1, tokens) + 1) if tokens % n == 0][-3:]} do"
         )
     at_once = mesh.dp * config.train.micro_batch_size
     if config.train.global_batch_size % at_once:

@@ -43,6 +43,7 @@ from perilune.pretrain.errors import InputError
         (["model.num_experts_per_tok=3"], ["3/2", "multiple of model.topk_group"]),
         (["model.num_experts_per_tok=9"], ["num_experts_per_tok=9", "8"]),
         (["parallel.tp=2", "model.num_attention_heads=3"], ["num_attention_heads=3", "tp=2", "[1]"]),
+        (["parallel.tp=1000000000000"], ["tp=1000000000000", "[1, 2, 4]"]),
         (["parallel.ep=4", "model.n_routed_experts=6", "model.n_group=1", "model.topk_group=1"], ["=6", "ep=4"]),
         (["parallel.pp=2", "parallel.layout=Ett|tm|L"], ["Ett|tm|L"]),
         (["parallel.pp=2", "parallel.layout=Etttm|L"], ["MTP", "loss"]),
@@ -61,7 +62,7 @@ def test_what_cannot_run_is_refused_in_one_sentence(overrides: list[str], words:
     config = configs.resolve("tiny", overrides)
     p = config.parallel
     with pytest.raises(InputError) as refused:
-        rules.check(config, world=4 if max(p.tp, p.pp, p.ep, p.cp) > 1 else 1)
+        rules.check(config, world=max(4, p.tp) if max(p.tp, p.pp, p.ep, p.cp) > 1 else 1)
     assert "\n" not in str(refused.value)
     for word in words:
         assert word in str(refused.value)

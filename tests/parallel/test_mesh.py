@@ -21,6 +21,7 @@ def test_data_parallel_ranks_are_what_remains() -> None:
         ({"world": 4, "etp": 3}, ["3*1*1 = 3", "etp=2 or 4"]),
         ({"world": 4, "ep": 2, "etp": 8}, ["8*2*1 = 16", "etp=2"]),
         ({"world": 4, "ep": 3, "etp": 3}, ["3*3*1 = 9", "no single one"]),
+        ({"world": 10**18 + 1, "tp": 10}, ["tp*pp*cp = 10*1*1", "tp=1 or 101"]),
         ({"world": 4, "vpp": 2}, ["parallel.vpp=2", "parallel.pp"]),
         ({"world": 4, "tp": 0}, ["parallel.tp=0", "at least 1"]),
     ],
