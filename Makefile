@@ -1,4 +1,5 @@
-# make demo: train a small model here, from nothing, in under ten minutes. make test: everything that a change must pass.
+# make demo: train a small model here, from nothing, in under ten minutes. make test: everything that a change must pass. make bench:
+# how fast it is beside others.
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
@@ -11,11 +12,12 @@ PACKAGES := pretrain parallel moe vision kernels launch
 export OMP_NUM_THREADS ?= 1
 export PYTHONSAFEPATH := 1
 
-.PHONY: help install demo test lint browser
+.PHONY: help install demo test bench lint browser
 
 help:
 	@echo "make demo      install, then make a tokenizer and shards, train, stop, resume and validate a small model"
 	@echo "make test      install (chromium too, as root on Debian), then lint, types, import layers and tests (no GPU)"
+	@echo "make bench     install, then every measurement beside its rivals: one table, and bench.json (best on a quiet machine)"
 	@echo "make install   .venv with Perilune (editable) and what its tests need; PYTHON=python3.12 chooses the interpreter"
 	@echo "make lint      install, then ruff, mypy and import-linter alone"
 
@@ -27,6 +29,9 @@ demo: install
 
 test: lint browser
 	$(BIN)/python -m pytest -q
+
+bench: install
+	$(BIN)/python tests/bench/run.py
 
 # The report is looked at by a real browser; where none can be had, those tests are skipped.
 browser:

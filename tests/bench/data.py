@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1] / "shared"))
 
@@ -44,7 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="write the figures there too")
+    parser.add_argument("--json", type=Path, help="write the ratios there")
     options = parser.parse_args()
     torch.set_num_threads(1)
     lengths = lognormal_lengths(options.rows * SEQ_LEN // 1000)
@@ -57,7 +58,26 @@ def main() -> None:
     for name, value in figures.items():
         print(f"{name:58} {value:,.4g}" if isinstance(value, float) else f"{name:58} {value}")
     if options.json:
-        options.json.write_text(json.dumps(figures, indent=1) + "\n")
+        options.json.write_text(json.dumps(entries(figures), indent=2))
+
+
+def entries(figures: dict[str, Any]) -> list[dict[str, Any]]:
+    """The ratios among the figures, as tests/bench/run.py collects them."""
+
+    def entry(name: str, ours: float, rival: float, ratio: float, unit: str) -> dict[str, Any]:
+        return {"name": name, "ours": ours, "rival": rival, "ratio": ratio, "unit": unit}
+
+    def rate(reader: str) -> float:
+        return 1e6 * float(figures[f"{reader}: M tokens/s"])
+
+    mine = rate("read, checksums on")
+    found = [entry("read_vs_20m_tokens_a_second", mine, 20e6, mine / 20e6, "tokens/s")]
+    for name, other in (("decoded", "stock webdataset, decoded"), ("bare_bytes", "stock webdataset, bare bytes")):
+        found.append(entry(f"read_vs_webdataset_{name}", mine, rate(other), figures[f"read / {other}"], "tokens/s"))
+    dealt, in_order = (
+        figures[f"max/mean over 16 ranks, 128 rows, DeepSeek-V3, {how}"] for how in ("dealt", "in order")
+    )
+    return [*found, entry("dealing_vs_in_order", dealt, in_order, dealt / in_order, "busiest rank / mean")]
 
 
 def reading(path: Path, rows: int, rounds: int) -> dict[str, float]:

@@ -18,6 +18,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from perilune.pretrain.data.pack import pack
 from perilune.pretrain.data.sources import documents
@@ -30,6 +31,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--vocab-size", type=int, default=32768)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path, help="write the ratios there too")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -37,8 +39,12 @@ def main() -> None:
         corpus = folder / "corpus.jsonl"
         corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
         tokenizer = train_tokenizer(["demo:stdlib"], folder / "tok", options.vocab_size)
-        for line, value in packing(corpus, tokenizer, texts, options.workers, options.rounds).items():
-            print(f"{line:<60} {value:>10.3f}")
+        entries = packing(corpus, tokenizer, texts, options.workers, options.rounds)
+    for one in entries:
+        numbers = (one[key] for key in ("ours", "rival", "ratio"))
+        print(f"{one['name']:<32}" + "".join(f"{number:>10.3f}" for number in numbers), one["unit"])
+    if options.json:
+        options.json.write_text(json.dumps(entries, indent=2))
 
 
 def make_texts(size: int) -> list[str]:
@@ -51,8 +57,8 @@ def make_texts(size: int) -> list[str]:
     return texts
 
 
-def packing(corpus: Path, tokenizer: Path, texts: list[str], workers: int, rounds: int) -> dict[str, float]:
-    """Figures by name: MB of text, and ratios. `corpus` holds `texts`."""
+def packing(corpus: Path, tokenizer: Path, texts: list[str], workers: int, rounds: int) -> list[dict[str, Any]]:
+    """Entries in MB of text, ratios as medians of the rounds'. `corpus` holds `texts`."""
     coder = load_tokenizer(tokenizer)
     size = sum(len(text.encode()) for text in texts) / 1e6
     alone, one, many = [], [], []  # (seconds, CPU seconds)
@@ -61,16 +67,15 @@ def packing(corpus: Path, tokenizer: Path, texts: list[str], workers: int, round
         one.append(packed(corpus, tokenizer, 1))
         if workers > 1:
             many.append(packed(corpus, tokenizer, workers))
-    median = statistics.median
-    out = {}
-    for i, clock in enumerate(("second", "CPU second")):
-        out[f"HF tokenizers alone, one thread, MB a {clock}"] = size / median(t[i] for t in alone)
-        out[f"perilune pack, one worker, MB a {clock}"] = size / median(t[i] for t in one)
-        out[f"ratio, by the {clock} (median of rounds)"] = median(a[i] / b[i] for a, b in zip(alone, one, strict=True))
-    if many:
-        out[f"perilune pack, {workers} workers, MB a second"] = size / median(t[0] for t in many)
-        out[f"{workers} workers / one"] = median(a[0] / b[0] for a, b in zip(one, many, strict=True))
-    return out
+
+    def entry(name: str, clock: int, ours: list[tuple[float, float]], rival: list[tuple[float, float]]) -> Any:
+        rates = [size / statistics.median(taken[clock] for taken in who) for who in (ours, rival)]
+        ratio = statistics.median(b[clock] / a[clock] for a, b in zip(ours, rival, strict=True))
+        unit = "MB/s" if clock == 0 else "MB a CPU second"
+        return {"name": name, "ours": rates[0], "rival": rates[1], "ratio": ratio, "unit": unit}
+
+    found = [entry("pack_vs_tokenizers", 0, one, alone), entry("pack_cpu_vs_tokenizers", 1, one, alone)]
+    return [*found, entry(f"pack_{workers}_workers_vs_one", 0, many, one)] if many else found
 
 
 def tokenizer_alone(coder: Tokenizer, texts: list[str]) -> tuple[float, float]:

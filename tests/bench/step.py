@@ -1,21 +1,24 @@
-"""Tokens a second of one training step: Perilune beside transformers' DeepseekV3ForCausalLM, in one run.
+"""Tokens a second of one training step: Perilune, transformers and Megatron-core's local spec, in one run.
 
-    .venv/bin/python tests/bench/step.py [--rounds 3] [--rows 4] [--json FILE]
+    .venv/bin/python tests/bench/step.py [--rounds 3] [--rows 4] [--compute bf16] [--json FILE]
 
-Both train `proxy_100m`'s shape from the same weights on the same batch with the same threads: forward, backward,
-clipping and AdamW; no MTP, no auxiliary loss, one document a row. Rounds alternate between the two, so that a machine
-whose speed drifts is fair to both; the ratio is the median of the rounds'. transformers runs its expert
-implementations with SDPA, and the best counts (`batched_mm` is left out: it copies the chosen experts' weights for
-every token, 52 GB here); in bf16 it runs both with autocast over fp32 weights and all in bf16, while Perilune always
-keeps fp32 masters. `matmul fraction` is model FLOPs a second over the rate of a large matmul. Memory is the peak
-resident size of a process of its own that takes two steps; transformers' in bf16 is that with autocast, whose weights
-and optimizer state are fp32 like ours.
+All train `proxy_100m`'s shape from the same weights on the same batch with the same threads: forward, backward,
+clipping and AdamW; no MTP, no auxiliary loss, one document a row. Their losses at the first step must agree, so that
+the work is the same. Rounds alternate between them, so that a machine whose speed drifts is fair to all; a ratio is
+the median of the rounds'. Each rival runs in every way in which its user might, and the fastest counts: transformers'
+DeepseekV3ForCausalLM with SDPA, its expert implementations (`batched_mm` is left out: it copies the chosen experts'
+weights for every token, 52 GB here) and torch's fused AdamW, in bf16 both with autocast over fp32 weights and all in
+bf16; Megatron-core as tests/bench/megatron_local.py says, in bf16 with fp32 masters, as Perilune always has them.
+`matmul fraction` is model FLOPs a second over the rate of a large matmul, measured in every round. Memory (rss) is the
+peak resident size of a process of its own that takes two steps; transformers' in bf16 is that with autocast, whose
+weights and optimizer state are fp32 like ours.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import json
 import os
 import re
@@ -25,10 +28,15 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).parent))
+
+import megatron_local
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -50,6 +58,7 @@ from perilune.pretrain.timetable import StepPlan
 
 SEQ_LEN, CLIP = 1024, 1.0
 EXPERTS = ("grouped_mm", "eager")
+APART = {"fp32": 1e-5, "bf16": 5e-3}  # of the losses at the first step, relative
 Step = Callable[[], float]  # takes one step, returns its loss
 
 
@@ -77,7 +86,7 @@ def theirs(folder: Path, tokens: np.ndarray, config: Config, experts: str, how: 
     ).train()
     o = config.optim
     adam = torch.optim.AdamW(
-        net.parameters(), lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps, weight_decay=o.weight_decay
+        net.parameters(), lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps, weight_decay=o.weight_decay, fused=True
     )
     ids = torch.from_numpy(tokens)
     cast = torch.autocast("cpu", torch.bfloat16) if how == "autocast" else contextlib.nullcontext()
@@ -120,39 +129,69 @@ def matmul_rate(dtype: torch.dtype) -> float:
     return 2 * 2048**3 / min(times)
 
 
+def fastest(rival: str, ways: Iterable[tuple[str, Callable[[], Step]]], loss: float, apart: float) -> tuple[str, Step]:
+    """The name and step of the way that is fastest after its first step; raises if its first loss is not `loss`."""
+    best: tuple[float, str, Step] | None = None
+    for name, build in ways:
+        try:
+            step = build()
+            first = step()
+        except (RuntimeError, ValueError) as error:
+            print(f"  {rival}, {name}: does not run here ({str(error).splitlines()[0][:90]})", flush=True)
+            continue
+        if not abs(first / loss - 1) <= apart:
+            raise ValueError(
+                f"{rival}, {name}: a first loss of {first:.6f} where ours is {loss:.6f}: not the same work"
+            )
+        seconds = min(timed(step) for _ in range(2))
+        print(f"  {rival}, {name}: {seconds:.1f} s a step", flush=True)
+        if best is None or seconds < best[0]:
+            best = seconds, name, step
+        del step
+        gc.collect()
+    if best is None:
+        raise RuntimeError(f"{rival} runs in no way on this machine")
+    return best[1:]
+
+
 def measure(compute: str, tokens: np.ndarray, rounds: int) -> list[dict[str, object]]:
-    config = shape(compute)
-    mine, net = ours(config, tokens)
     with tempfile.TemporaryDirectory() as temporary:
-        write_folder(config, net, Path(temporary))
-        rivals: list[tuple[float, str, Step]] = []
-        for how in ("fp32",) if compute == "fp32" else ("autocast", "bf16"):
-            for experts in EXPERTS:
-                try:
-                    step = theirs(Path(temporary), tokens, config, experts, how)
-                    first = timed(step)
-                except (RuntimeError, ValueError) as error:
-                    print(f"  transformers {how}, {experts}: does not run here ({str(error).splitlines()[0][:90]})")
-                    continue
-                print(f"  transformers {how}, {experts}: first step {first:.1f} s")
-                rivals = sorted([*rivals, (first, f"{how}, {experts}", step)], key=lambda one: one[0])[:1]
-        _, rival_name, rival = rivals[0]
-        mine()
-        pairs = [(timed(mine), timed(rival)) for _ in range(rounds)]
-        used = memory(compute, len(tokens), Path(temporary))
-    count = tokens.size
-    rate = matmul_rate(torch.float32 if compute == "fp32" else torch.bfloat16)
-    ratio = statistics.median(theirs_s / ours_s for ours_s, theirs_s in pairs)
-    speed = [count / statistics.median(column) for column in zip(*pairs, strict=True)]
-    flops = flops_per_token(config.model, SEQ_LEN).training
-    fraction = speed[0] * flops / rate
-    print(f"{compute}: Perilune {speed[0]:.0f} tokens/s, transformers ({rival_name}) {speed[1]:.0f}, ratio {ratio:.2f}")
-    print(f"{compute}: {fraction:.0%} of a {rate / 1e9:.0f} GFLOP/s matmul")
-    return [
-        entry(f"step_{compute}_vs_transformers", speed[0], speed[1], ratio, "tokens/s"),
-        entry(f"step_{compute}_matmul_fraction", speed[0] * flops, rate, fraction, "FLOP/s"),
-        used,
-    ]
+        entries = race(compute, tokens, rounds, Path(temporary))
+        gc.collect()  # the processes whose memory is measured need room
+        return [*entries, memory(compute, len(tokens), Path(temporary))]
+
+
+def race(compute: str, tokens: np.ndarray, rounds: int, folder: Path) -> list[dict[str, object]]:
+    """The speeds; leaves transformers' checkpoint of the first weights in `folder`."""
+    config, ids, apart = shape(compute), torch.from_numpy(tokens), APART[compute]
+    dtype = torch.float32 if compute == "fp32" else torch.bfloat16
+    mine, net = ours(config, tokens)
+    write_folder(config, net, folder)
+    hows = ("fp32",) if compute == "fp32" else ("autocast", "bf16")
+    hf = [(f"{how}, {x}", partial(theirs, folder, tokens, config, x, how)) for how in hows for x in EXPERTS]
+    weights = megatron_local.weights_of(net)
+    local = [(str(w), partial(megatron_local.build, config, weights, ids, w)) for w in megatron_local.ways(compute)]
+    loss = mine()
+    rivals = {
+        "transformers": fastest("transformers", hf, loss, apart),
+        "megatron": fastest("Megatron-core's local spec", local, loss, apart),
+    }
+    seconds, rates = [], []
+    for _ in range(rounds):
+        rates.append(matmul_rate(dtype))
+        seconds.append([timed(step) for step in (mine, *(step for _, step in rivals.values()))])
+    speeds = [tokens.size / statistics.median(column) for column in zip(*seconds, strict=True)]
+    entries = []
+    print(f"{compute}: Perilune {speeds[0]:.0f} tokens/s")
+    for i, (rival, (way, _)) in enumerate(rivals.items(), start=1):
+        ratio = statistics.median(row[i] / row[0] for row in seconds)
+        print(f"{compute}: {rival} ({way}) {speeds[i]:.0f} tokens/s, ratio {ratio:.2f}")
+        entries.append(entry(f"step_{compute}_vs_{rival}", speeds[0], speeds[i], ratio, "tokens/s"))
+    flops = tokens.size * flops_per_token(config.model, SEQ_LEN).training
+    fraction = statistics.median(flops / row[0] / rate for row, rate in zip(seconds, rates, strict=True))
+    rate = statistics.median(rates)
+    print(f"{compute}: {fraction:.0%} of a {rate / 1e9:.0f} GFLOP/s matmul", flush=True)
+    return [*entries, entry(f"step_{compute}_matmul_fraction", fraction * rate, rate, fraction, "FLOP/s")]
 
 
 def peak_memory(who: str, compute: str, tokens: np.ndarray) -> None:
@@ -180,7 +219,8 @@ def memory(compute: str, rows: int, folder: Path) -> dict[str, object]:
         peaks.append(int(done.stdout.split()[-1]))
     ratio = peaks[0] / peaks[1]
     print(f"{compute}: peak memory {peaks[0] / 1e9:.2f} GB, transformers {peaks[1] / 1e9:.2f} GB, ratio {ratio:.2f}")
-    return entry(f"step_{compute}_peak_memory", peaks[0], peaks[1], ratio, "bytes")
+    name = "step_rss_vs_transformers" if compute == "fp32" else "step_rss_bf16_vs_transformers"
+    return entry(name, peaks[0], peaks[1], ratio, "bytes")
 
 
 def entry(name: str, ours: float, rival: float, ratio: float, unit: str) -> dict[str, object]:
@@ -194,7 +234,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--peak", choices=("ours", "theirs"), help=argparse.SUPPRESS)  # one process's memory
-    parser.add_argument("--compute", choices=("fp32", "bf16"), help=argparse.SUPPRESS)
+    parser.add_argument("--compute", choices=("fp32", "bf16"), help="only this one")
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -206,9 +246,11 @@ def main() -> None:
     if arguments.peak:
         peak_memory(arguments.peak, arguments.compute, tokens)
         return
-    print(f"torch {torch.__version__}, transformers {transformers.__version__}, {torch.get_num_threads()} threads, "
+    computes = [arguments.compute] if arguments.compute else ["fp32", "bf16"]
+    print(f"torch {torch.__version__}, transformers {transformers.__version__}, "
+          f"megatron-core {version('megatron-core')}, {torch.get_num_threads()} threads, "
           f"{arguments.rows} x {SEQ_LEN} tokens, {time.strftime('%Y-%m-%d')}")  # fmt: skip
-    results = [entry for compute in ("fp32", "bf16") for entry in measure(compute, tokens, arguments.rounds)]
+    results = [entry for compute in computes for entry in measure(compute, tokens, arguments.rounds)]
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=2))
 
