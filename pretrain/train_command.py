@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from perilune.launch import local
+from perilune.parallel import late_compile
 from perilune.pretrain import checkpoint_files, rules
 from perilune.pretrain import config as configs
 from perilune.pretrain.data.storage import is_url
@@ -50,6 +51,7 @@ def train_command(
     if int(os.environ.get("RANK", "0")) == 0 or not inside:
         _prepare(config, run_dir)
     if inside:
+        late_compile.import_megatron_core()
         from perilune.pretrain.run import run
 
         run(config, run_dir, world, init_from=init_from, profile=profile)

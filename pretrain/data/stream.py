@@ -20,21 +20,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from perilune.pretrain import schema
-from perilune.pretrain.data.batch import PackedBatch
 from perilune.pretrain.data.blend import Blend, Weight
-from perilune.pretrain.data.collate import collate, to_batch
 from perilune.pretrain.data.dealing import CostModel, deal
 from perilune.pretrain.data.order import permute
 from perilune.pretrain.data.prefetch import Finding, Ids, Loaded, ReadingProcess, Recipe, load
 from perilune.pretrain.data.reader import DamageError, PackedDataset
 from perilune.pretrain.data.storage import Remote
 from perilune.pretrain.errors import InputError
+
+if TYPE_CHECKING:  # a launcher opens datasets without the seconds that importing torch takes
+    from perilune.pretrain.data.batch import PackedBatch
 
 Agree = Callable[[Sequence[Finding]], list[Finding]]  # what one process found -> what all found, equal on all
 
@@ -237,6 +237,10 @@ class Stream:
         costs = np.array([self._costs[d][i] for d, i in ids])
         mine = deal(costs, request.dp_size, request.micro_batch_size)[request.dp_rank]
         loaded = loader([[ids[place] for place in micro] for micro in mine.tolist()])
+        import torch
+
+        from perilune.pretrain.data.collate import to_batch
+
         pin = torch.cuda.is_available()
         return _Read([to_batch(arrays, pin) for arrays in loaded.batches], loaded.findings)
 
@@ -365,6 +369,8 @@ def valid_batches(
 
     Raises InputError as `open_dataset` does, and where the tokenizer is not the one of the training data.
     """
+    from perilune.pretrain.data.collate import collate
+
     dataset = open_dataset(path, seq_len, vocab_size, remote)
     if tokenizer_fingerprint not in (None, dataset.tokenizer_fingerprint):
         raise InputError(

@@ -1,0 +1,48 @@
+"""Megatron-core imported without its compiler: what it decorates with torch.compile is compiled when first called.
+
+2026-11, megatron-core 0.19.2: some twenty small functions are decorated as the modules are imported, and the first
+decoration imports TorchDynamo and TorchInductor, a third of the CPU seconds of a training process's start; a run calls
+none of them unless a fusion is switched on. tests/test_start.py fails once upstream no longer does that.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+
+def import_megatron_core() -> None:
+    """Import what a run needs of Megatron-core; afterwards `torch.compile` is torch's own again."""
+    if "megatron.core" in sys.modules:
+        return
+    import torch
+
+    own = torch.compile
+    torch.compile = functools.partial(_when_called, own)  # type: ignore[assignment]
+    try:
+        for name in ("distributed", "models.gpt", "models.gpt.moe_module_specs", "optimizer"):
+            importlib.import_module(f"megatron.core.{name}")
+    finally:
+        torch.compile = own
+
+
+def _when_called(compiler: Callable[..., Any], function: Any = None, **options: Any) -> Any:
+    """`torch.compile`, as a call and as a decorator with options, that waits until `function` is called."""
+    import torch
+
+    if function is None:
+        return functools.partial(_when_called, compiler, **options)
+    compiled: list[Callable[..., Any]] = []
+
+    @functools.wraps(function)
+    def late(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # called by a function that is being compiled: a part of it
+            return function(*args, **kwargs)
+        if not compiled:
+            compiled.append(compiler(function, **options))
+        return compiled[0](*args, **kwargs)
+
+    return late

@@ -1,0 +1,77 @@
+"""What a command imports before it answers: seconds that a user waits, asserted by what is in memory at the end."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packed_rows import lognormal_lengths, packed_lengths, random_rows, write_dataset
+
+from perilune.parallel import late_compile
+
+SEQ_LEN, VOCAB = 64, 512  # of the preset tiny
+
+
+def imported(code: str, *names: str) -> list[str]:
+    """Which of `names` are in memory at the end of `code`, in a process of its own."""
+    code += f"\nimport sys; print([name for name in {names} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    found: list[str] = eval(done.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "train"
+    pieces = packed_lengths(lognormal_lengths(64, median=20), SEQ_LEN)[:4]
+    return write_dataset(folder, random_rows(pieces, VOCAB), SEQ_LEN, VOCAB)
+
+
+def test_help_imports_neither_torch_nor_megatron_nor_numpy() -> None:
+    code = "from perilune.pretrain.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass"
+    assert imported(code, "click", "torch", "megatron", "numpy", "yaml", "pydantic") == ["click"]
+
+
+def test_the_launcher_checks_a_run_and_its_data_without_torch(packed: Path, tmp_path: Path) -> None:
+    """It would wait for what each of its processes imports once more."""
+    code = f"""
+from perilune.launch import local
+from perilune.pretrain.cli import main
+local.run = lambda *arguments: print("started", arguments[1]) or 0
+try: main(["train", "tiny", "data.path={packed}", "train.steps=1", "--run", {str(tmp_path / "run")!r}])
+except SystemExit as end: assert not end.code, end.code
+"""
+    assert imported(code, "perilune.pretrain.data.stream", "torch", "megatron") == ["perilune.pretrain.data.stream"]
+
+
+def test_a_training_process_starts_without_the_compiler() -> None:
+    """And without this, Megatron-core imports it: if not, `parallel/late_compile.py` has become needless."""
+    compilers = ("torch._inductor.compile_fx", "torch._dynamo.convert_frame")
+    late = "from perilune.parallel.late_compile import import_megatron_core as late; late()\n"
+    check = "import torch; assert torch.compile.__module__ == 'torch'\n"
+    assert imported(f"{late}import perilune.pretrain.run\n{check}", "megatron.core", *compilers) == ["megatron.core"]
+    assert imported("import megatron.core.models.gpt", *compilers) == list(compilers)
+
+
+def test_what_is_compiled_late_is_compiled_once_and_with_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def compiler(function: Any, **options: Any) -> Any:
+        asked.append((function.__name__, options))
+        return lambda *arguments: ("compiled", function(*arguments))
+
+    def double(x: int) -> int:
+        "Twice."
+        return 2 * x
+
+    plain = late_compile._when_called(compiler, double)
+    decorated = late_compile._when_called(compiler, dynamic=True)(double)
+    assert asked == [] and plain.__doc__ == "Twice."
+    assert [plain(1), plain(2), decorated(3)] == [("compiled", 2), ("compiled", 4), ("compiled", 6)]
+    assert asked == [("double", {}), ("double", {"dynamic": True})]
+    monkeypatch.setattr("torch.compiler.is_compiling", lambda: True)
+    assert plain(1) == 2, "inside of a function that is being compiled it is a part of that"
