@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from perilune.moe import backbone
 from perilune.moe.init import draw_weights
@@ -67,6 +68,12 @@ class Model:
         """What the routers of each chunk know of the global batch."""
         return [chunk.scale for chunk in self.bare()]
 
+    def settle(self) -> None:
+        """Wait for weights that are still to be gathered after an update, before they are read other than by a step."""
+        for chunk in self.chunks:
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
+
     def train(self, mode: bool = True) -> None:
         for chunk in self.chunks:
             chunk.train(mode)
@@ -87,7 +94,8 @@ def build(config: Config, mesh: Mesh) -> Model:
         parts = [Float16Module(megatron, part) for part in parts]
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        overlap_grad_reduce=False,
+        overlap_grad_reduce=config.parallel.overlap_grad_reduce,
+        overlap_param_gather=config.parallel.overlap_param_gather,
         use_distributed_optimizer=config.parallel.zero1,
         check_for_nan_in_grad=False,  # a bad gradient skips the step on every rank (pretrain/step.py), not one process
         bucket_size=None,
@@ -98,4 +106,26 @@ def build(config: Config, mesh: Mesh) -> Model:
         DistributedDataParallel(parts[0].config, ddp, part, disable_bucketing=index > 0)
         for index, part in enumerate(parts)
     ]
+    if ddp.overlap_grad_reduce:  # only the last micro-batch's backward starts the reduction
+        no_sync = [chunk.no_sync for chunk in chunks]
+        chunks[0].config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+    if ddp.overlap_param_gather:
+        for chunk in chunks:
+            _gather_experts_with_their_layer(chunk)
     return Model(chunks)
+
+
+def _gather_experts_with_their_layer(chunk: DistributedDataParallel) -> None:
+    """Let an expert layer wait for its experts' weights: it may read them without calling the module that holds them.
+
+    Megatron-core's DDP waits where a module is called for the weights that are its own.
+    """
+
+    def wait(layer: MoELayer, arguments: object) -> None:
+        del arguments
+        for parameter in layer.experts.parameters():
+            chunk.param_to_bucket_group[parameter].finish_param_sync()
+
+    for module in chunk.modules():
+        if isinstance(module, MoELayer):
+            module.register_forward_pre_hook(wait)

@@ -75,11 +75,30 @@ def _not_built(config: Config) -> list[str]:
             f"parallel.dispatcher={p.dispatcher} sends tokens between expert-parallel ranks, and parallel.ep*etp = 1; "
             "use alltoall"
         )
+    if p.overlap_param_gather and not (p.zero1 and p.overlap_grad_reduce):
+        problems.append(
+            f"parallel.overlap_param_gather=true needs parallel.zero1=true (it is {_yaml(p.zero1)}) and "
+            f"parallel.overlap_grad_reduce=true (it is {_yaml(p.overlap_grad_reduce)})"
+        )
+    if p.overlap_ep:
+        problems.append(
+            "parallel.overlap_ep=true is not built: Megatron-core's schedule of two micro-batches at once knows "
+            "neither packed rows nor the losses of MTP's depths; set it to false"
+        )
+    if p.cuda_graphs:
+        problems.append(
+            "parallel.cuda_graphs=true is not built: a graph replays fixed shapes, and documents and the experts' "
+            "tokens are others in every step; set it to false"
+        )
     if config.model.tie_word_embeddings:
         problems.append("model.tie_word_embeddings=true is not built; DeepSeek-V3 unties them: set it to false")
     if not config.model.norm_topk_prob:
         problems.append("model.norm_topk_prob=false is not built; V3's router normalises its weights: set it to true")
     return problems
+
+
+def _yaml(value: bool) -> str:
+    return "true" if value else "false"
 
 
 def _batch(config: Config) -> list[str]:

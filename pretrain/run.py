@@ -89,6 +89,7 @@ def run(config: Config, run_dir: Path, world: int, *, init_from: Path | None = N
             every = config.train.save_every
             if step == plan.total_steps or result.stop or (every and step % every == 0):
                 at = {"step": step, "data": state.to_dict()}  # after its line in the metrics, so that none can lack
+                net.settle()
                 checkpoint.save(run_dir / "checkpoints", step, net, optim, at, config=config, keep=config.train.keep)
             if result.stop and step < plan.total_steps:
                 raise Preempted(f"stopped on request after step {step} of {plan.total_steps}, checkpoint written")

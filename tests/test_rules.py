@@ -18,6 +18,16 @@ from perilune.pretrain.errors import InputError
         (["optim.name=muon"], ["optim.name=muon", "adamw"]),
         (["parallel.cp=4", "data.seq_len=60"], ["2 x 4", "data.seq_len=60", "56 and 64"]),
         (["parallel.dispatcher=flex"], ["flex", "alltoall"]),
+        (
+            ["parallel.overlap_param_gather=true"],
+            ["overlap_param_gather=true", "overlap_grad_reduce=true (it is false)"],
+        ),
+        (
+            ["parallel.overlap_param_gather=true", "parallel.overlap_grad_reduce=true", "parallel.zero1=false"],
+            ["zero1=true (it is false)"],
+        ),
+        (["parallel.overlap_ep=true", "parallel.ep=2"], ["overlap_ep=true", "false"]),
+        (["parallel.cuda_graphs=true"], ["cuda_graphs=true", "false"]),
         (["recompute.granularity=full", "recompute.modules=[moe]"], ["granularity=full", "selective"]),
         (
             ["recompute.granularity=selective", "recompute.modules=[mtp]", "model.num_nextn_predict_layers=0"],

@@ -163,6 +163,7 @@ def train(config: Config, weights: str, batch: list[PackedBatch], steps: int) ->
         if not gradients:
             _gather_gradients(model)
             gradients = pieces(model, lambda t: getattr(t, "main_grad", None))
+    model.settle()
     return Trained(
         results,
         gradients,
