@@ -347,15 +347,20 @@ def _permute(shape: Shape, dtype: torch.dtype, ours: Operation) -> Contest:
     return mine, {"Megatron-core's permute": megatron}, [_normal((T, shape.hidden), dtype)], 0.0
 
 
-def _swiglu(shape: Shape, dtype: torch.dtype, ours: Operation) -> Contest:
-    rows, width = shape.seq_len * shape.top_k, shape.expert_ffn
-    inputs = [_normal((rows, 2 * width), dtype), torch.rand(rows, device=meshes.device()).to(dtype)]
+def _rope(shape: Shape, dtype: torch.dtype, ours: Operation) -> Contest:
+    """Queries' RoPE part, turned by position; the rival is Megatron-core's own without fusion."""
+    from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
 
-    def plain(h: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-        gate, up = h.chunk(2, dim=-1)
-        return F.silu(gate) * up * p[:, None]
+    T, R = shape.seq_len, shape.rope
+    slow_R = 10000.0 ** -(torch.arange(0, R, 2, device=meshes.device()) / R)
+    angles_T1R = torch.outer(torch.arange(T, device=meshes.device()), slow_R).repeat(1, 2)[:, None]
 
-    return ours, {"F.silu and products": plain, "torch.compile": torch.compile(plain)}, inputs, 0.0
+    def megatron(x: torch.Tensor) -> torch.Tensor:
+        turned: torch.Tensor = _apply_rotary_pos_emb_bshd(x[:, None], angles_T1R[:, None], mla_rotary_interleaved=True)
+        return turned[:, 0]
+
+    rivals = {"Megatron-core's": megatron, "Megatron-core's, compiled": torch.compile(megatron)}
+    return lambda x: ours(x, angles_T1R), rivals, [_normal((T, shape.heads, R), dtype)], 0.0
 
 
 def _router(shape: Shape, dtype: torch.dtype, ours: Operation) -> Contest:
@@ -388,7 +393,7 @@ CONTESTS: dict[str, tuple[str, str, Callable[[Shape, torch.dtype, Operation], Co
     "rms_norm": ("kernels.norm", "rms_norm", _norm),
     "cross_entropy": ("kernels.cross_entropy", "linear_cross_entropy", _cross_entropy),
     "permute": ("kernels.permute", "permute", _permute),
-    "swiglu": ("kernels.swiglu", "swiglu", _swiglu),
+    "rope": ("kernels.rope", "rotate_pairs", _rope),
     "router": ("moe.router", "topk_routing_with_score_function", _router),
 }
 
