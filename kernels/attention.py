@@ -16,6 +16,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from perilune.kernels.attention_blocks import blocked_attention
+
 
 @cache
 def _flash_varlen() -> Callable[..., Any] | None:
@@ -33,7 +35,9 @@ def _flash_varlen() -> Callable[..., Any] | None:
 
 def name() -> str:
     """Which implementation `varlen_attention` uses for tensors of this machine's device, for the log."""
-    return "flash-attn varlen" if _flash_varlen() is not None else "PyTorch SDPA by document"
+    if _flash_varlen() is not None:
+        return "flash-attn varlen"
+    return "PyTorch SDPA by document" if torch.cuda.is_available() else "blocks of queries by document"
 
 
 def varlen_attention(
@@ -47,7 +51,8 @@ def varlen_attention(
     """Softmax attention, causal, never across the boundaries `cu_seqlens` ([documents+1], int32). Returns [T, N, E]."""
     flash = _flash_varlen() if q_TND.is_cuda and q_TND.dtype in (torch.bfloat16, torch.float16) else None
     if flash is None:
-        return sdpa_by_document(q_TND, k_TND, v_TNE, cu_seqlens, scale)
+        ranges = tuple(pairwise(cu_seqlens.tolist()))
+        return by_piece(q_TND, k_TND, v_TNE, Pieces(ranges, ranges), scale)
     return _flash(flash, q_TND, k_TND, v_TNE, (cu_seqlens, cu_seqlens), (max_seqlen, max_seqlen), scale)
 
 
@@ -76,17 +81,6 @@ def _flash(
         causal=True,
     )
     return (out[0] if isinstance(out, tuple) else out)[..., :E]
-
-
-def sdpa_by_document(
-    q_TND: torch.Tensor, k_TND: torch.Tensor, v_TNE: torch.Tensor, cu_seqlens: torch.Tensor, scale: float
-) -> torch.Tensor:
-    """One call of PyTorch's SDPA a document: no mask in memory, no work between documents."""
-    bounds = cu_seqlens.tolist()
-    outs = []
-    for start, end in pairwise(bounds):
-        outs.append(_sdpa(q_TND[start:end], k_TND[start:end], v_TNE[start:end], scale))
-    return torch.cat(outs) if len(outs) > 1 else outs[0]
 
 
 def _sdpa(
@@ -119,7 +113,7 @@ def piecewise_attention(
     """Softmax attention of Q queries on the keys and values of a whole pack, as `pieces` says. Returns [Q, N, E]."""
     flash = _flash_varlen() if q_QND.is_cuda and q_QND.dtype in (torch.bfloat16, torch.float16) else None
     if flash is None:
-        return sdpa_by_piece(q_QND, k_TND, v_TNE, pieces, scale)
+        return by_piece(q_QND, k_TND, v_TNE, pieces, scale)
 
     def bounds(ranges: tuple[tuple[int, int], ...]) -> torch.Tensor:
         ends = list(accumulate((end - start for start, end in ranges), initial=0))
@@ -130,6 +124,15 @@ def piecewise_attention(
     longest_q, longest_k = (max(end - start for start, end in ranges) for ranges in (pieces.queries, pieces.keys))
     cu_seqlens = bounds(pieces.queries), bounds(pieces.keys)
     return _flash(flash, q_QND, k, v, cu_seqlens, (longest_q, longest_k), scale)
+
+
+def by_piece(
+    q_QND: torch.Tensor, k_TND: torch.Tensor, v_TNE: torch.Tensor, pieces: Pieces, scale: float
+) -> torch.Tensor:
+    """Piece by piece, without a mask over the pack: our blocks on a CPU, PyTorch's SDPA elsewhere. [Q, N, E]."""
+    if q_QND.device.type == "cpu":
+        return blocked_attention(q_QND, k_TND, v_TNE, pieces.queries, pieces.keys, scale)
+    return sdpa_by_piece(q_QND, k_TND, v_TNE, pieces, scale)
 
 
 def sdpa_by_piece(

@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_backend
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType, LayerType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
 from megatron.core.transformer.multi_token_prediction import (
     MultiTokenPredictionBlockSubmodules,
@@ -34,8 +35,9 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 
+from perilune.kernels.cross_entropy import linear_cross_entropy
 from perilune.moe.attention import LatentAttention, PackedCoreAttention, PackedRows
-from perilune.moe.experts import GroupedExperts
+from perilune.moe.experts import ExpertLayer, GroupedExperts
 from perilune.moe.mtp import DepthLayer
 from perilune.moe.norm import RMSNorm
 from perilune.moe.router import Router, StepScale
@@ -184,7 +186,7 @@ def _layer_specs(config: BackboneConfig, backend: Any, scale: StepScale) -> tupl
     ours = MoESubmodules(
         router=partial(Router, scale=scale), experts=parts.experts, shared_experts=parts.shared_experts
     )
-    return dense, layer(partial(MoELayer, submodules=ours))
+    return dense, layer(partial(ExpertLayer, submodules=ours))
 
 
 class Backbone(GPTModel):
@@ -224,12 +226,17 @@ class Backbone(GPTModel):
             return hidden_states
         outs = []
         for depth, hidden in enumerate(hidden_states.chunk(1 + (self.config.mtp_num_layers or 0), dim=0)):
-            logits_TBV, _ = self.output_layer(hidden)
-            if labels is None:
-                outs.append(logits_TBV.squeeze(1))
-            else:
-                outs.append(self.compute_language_model_loss(labels[depth : depth + 1], logits_TBV).squeeze(0))
+            outs.append(
+                self.output_layer(hidden)[0].squeeze(1) if labels is None else self._loss(hidden, labels[depth])
+            )
         return torch.stack(outs)
+
+    def _loss(self, hidden_T1H: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy of each token, without the logits of all of them."""
+        group = self.pg_collection.tp
+        if self.config.sequence_parallel:
+            hidden_T1H = gather_from_sequence_parallel_region(hidden_T1H, group=group)
+        return linear_cross_entropy(hidden_T1H.squeeze(1), self.output_layer.weight, labels_T, group)
 
 
 def build(config: BackboneConfig, vp_stage: int | None = None, pp_rank: int | None = None) -> Backbone:

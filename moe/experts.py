@@ -1,4 +1,7 @@
-"""All routed experts of a rank in two grouped matmuls, as a submodule of Megatron-core's MoE layer."""
+"""All routed experts of a rank in two weights, as a submodule of Megatron-core's MoE layer, and that layer.
+
+T tokens on this rank, R routed copies of them, H hidden, E experts.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,51 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from perilune.kernels.experts import grouped_swiglu
+from perilune.kernels.experts_loop import routed_swiglu
+from perilune.kernels.permute import Order
+
+
+class ExpertLayer(MoELayer):
+    """Megatron-core's MoE layer, which on a CPU does not dispatch where this rank holds all experts whole.
+
+    There it goes from tokens to tokens in one operation (`kernels/experts_loop.py`): nothing is permuted in memory,
+    and the copies of the tokens are not kept for backward.
+    """
+
+    _chosen_TE: torch.Tensor
+
+    def _alone(self, hidden: torch.Tensor) -> bool:
+        groups = (self.experts.ep_group, self.experts.tp_group) if isinstance(self.experts, GroupedExperts) else ()
+        return hidden.device.type == "cpu" and bool(groups) and all(group.size() == 1 for group in groups)
+
+    def preprocess(self, hidden_states: torch.Tensor, probs: torch.Tensor, routing_map: torch.Tensor) -> Any:
+        if not self._alone(hidden_states):
+            return super().preprocess(hidden_states, probs, routing_map)
+        self._chosen_TE = routing_map
+        return hidden_states, probs
+
+    def dispatch(self, hidden_states: torch.Tensor, probs: torch.Tensor) -> Any:
+        return (hidden_states, probs) if self._alone(hidden_states) else super().dispatch(hidden_states, probs)
+
+    def routed_experts_compute(self, hidden_states: torch.Tensor, probs: torch.Tensor) -> Any:
+        if not self._alone(hidden_states):
+            return super().routed_experts_compute(hidden_states, probs)
+        order = Order.of(self._chosen_TE, self.config.moe_router_topk)
+        probs_R = probs[order.tokens_R, order.experts_R]
+        x_TH = hidden_states.flatten(0, -2)
+        out_TH = routed_swiglu(x_TH, self.experts.w1, self.experts.w2, probs_R, order)
+        return out_TH.view_as(hidden_states), None
+
+    def combine(self, output: torch.Tensor) -> Any:
+        return output if self._alone(output) else super().combine(output)
+
+    def postprocess(self, output: torch.Tensor, shared_expert_output: torch.Tensor | None) -> Any:
+        if not self._alone(output):
+            return super().postprocess(output, shared_expert_output)
+        return output if shared_expert_output is None else output + shared_expert_output
 
 
 class GroupedExperts(MegatronModule):

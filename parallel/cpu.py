@@ -18,7 +18,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.tensor_parallel import mappings, random
+
+from perilune.kernels.rope import rotate_pairs
 
 _FACTORIES = (
     "tensor zeros ones empty full arange eye rand randn randint zeros_like ones_like empty_like full_like rand_like "
@@ -220,11 +223,38 @@ def _reduce_scatter_uneven(
     return mine[: input_split_sizes[group.rank()]]
 
 
+def _rope(
+    t: torch.Tensor,
+    freqs: torch.Tensor,
+    config: Any,
+    cu_seqlens: torch.Tensor | None = None,
+    mscale: float = 1.0,
+    cp_group: Any = None,
+    mla_rotary_interleaved: bool = False,
+) -> torch.Tensor:
+    """RoPE by `kernels/rope.py` where it is MLA's on tokens that carry their own angles."""
+    if cu_seqlens is None and mla_rotary_interleaved and freqs.shape[-1] == t.shape[-1]:
+        return rotate_pairs(t, freqs, mscale)
+    return _ROPE(t, freqs, config, cu_seqlens, mscale, cp_group, mla_rotary_interleaved)
+
+
 def _padded(part: torch.Tensor, rows: int) -> torch.Tensor:
     return torch.cat((part, part.new_zeros(rows - part.shape[0], *part.shape[1:])))
 
 
+def _unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
+    """`collective(output, input, ...)`, which does nothing where one rank would copy memory onto itself."""
+
+    def call(output: torch.Tensor, input_: torch.Tensor, *args: Any, group: Any = None, **kwargs: Any) -> Any:
+        if group is not None and group.size() == 1 and output.data_ptr() == input_.data_ptr():
+            return None
+        return collective(output, input_, *args, group=group, **kwargs)
+
+    return call
+
+
 _GATHER, _REDUCE_SCATTER = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+_ROPE = rope_utils.apply_rotary_pos_emb
 _TENSOR_TYPE = torch.Tensor.type
 _TENSOR_CUDA = torch.Tensor.cuda
 
@@ -237,7 +267,8 @@ class _CheckpointWithoutOutput(random.CheckpointWithoutOutput):
 
 
 Patch = tuple[str, str, Any, str]
-# (module, attribute, replacement, why; tests/parallel/test_cpu.py fails once upstream no longer needs it)
+# (module, attribute, replacement, why; tests/parallel/test_cpu.py fails once upstream no longer needs it, but for those
+# that only save time)
 PATCHES: tuple[Patch, ...] = (
     (
         "megatron.core.transformer.moe.token_dispatcher",
@@ -262,6 +293,24 @@ PATCHES: tuple[Patch, ...] = (
         "_reduce_scatter_along_first_dim",
         _reduce_scatter_uneven,
         "2026-11: gloo has no reduce-scatter of unequal parts; the backward of the above",
+    ),
+    (
+        "megatron.core.distributed.param_and_grad_buffer",
+        "dist_reduce_scatter_func",
+        _unless_alone(dist.reduce_scatter_tensor),
+        "2026-11: gloo copies all gradients of a group of one rank out and in again",
+    ),
+    (
+        "megatron.core.distributed.param_and_grad_buffer",
+        "dist_all_gather_func",
+        _unless_alone(dist.all_gather_into_tensor),
+        "2026-11: the same of all parameters",
+    ),
+    (
+        "megatron.core.transformer.multi_latent_attention",
+        "apply_rotary_pos_emb",
+        _rope,
+        "2026-11: its fused RoPE is for GPUs alone, and no submodule of the layer spec stands for it",
     ),
 )
 # The same where Transformer Engine is missing, on whatever device.

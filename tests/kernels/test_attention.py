@@ -1,48 +1,85 @@
-"""Attention by document against the formula with a mask over the whole pack."""
+"""Attention by document, in blocks and by SDPA, against the formula with a mask over the whole pack."""
+
+from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
 
-from perilune.kernels.attention import Pieces, piecewise_attention, reference, sdpa_by_document, varlen_attention
+from perilune.kernels import attention_blocks
+from perilune.kernels.attention import Pieces, piecewise_attention, reference, sdpa_by_piece, varlen_attention
+from perilune.kernels.attention_blocks import BLOCK, blocked_attention
+
+Attention = Callable[..., torch.Tensor]
 
 
-@pytest.mark.parametrize("lengths", [[7], [1, 5, 2], [3, 1, 1, 11]])
-def test_sdpa_by_document_equals_the_masked_formula_in_values_and_gradients(lengths: list[int]) -> None:
-    T, N, D, E = sum(lengths), 3, 12, 8
+def _by_blocks(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pieces: Pieces, scale: float) -> torch.Tensor:
+    return blocked_attention(q, k, v, pieces.queries, pieces.keys, scale)
+
+
+def _documents(lengths: list[int]) -> tuple[torch.Tensor, Pieces]:
+    bounds = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+    ranges = tuple(pairwise(bounds))
+    return torch.tensor(bounds, dtype=torch.int32), Pieces(ranges, ranges)
+
+
+def _qkv(T: int, N: int, D: int, E: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    q, k = (torch.randn(T, N, D, generator=generator, requires_grad=True) for _ in range(2))
-    v = torch.randn(T, N, E, generator=generator, requires_grad=True)
-    bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
-    upstream = torch.randn(T, N, E, generator=generator)
-    ours = varlen_attention(q, k, v, bounds, max(lengths), 0.3)
-    theirs = reference(q, k, v, bounds, 0.3)
-    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
-    for a, b in zip(
-        torch.autograd.grad(ours, (q, k, v), upstream), torch.autograd.grad(theirs, (q, k, v), upstream), strict=True
-    ):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    return [torch.randn(T, N, size, generator=generator).to(dtype).requires_grad_() for size in (D, D, E)]
+
+
+def _same(ours: torch.Tensor, theirs: torch.Tensor, inputs: list[torch.Tensor], tolerance: float) -> None:
+    """Values and gradients, each within `tolerance` of the largest number in it."""
+    upstream = torch.randn(ours.shape, generator=torch.Generator().manual_seed(1)).to(ours.dtype)
+    mine, formula = torch.autograd.grad(ours, inputs, upstream), torch.autograd.grad(theirs, inputs, upstream)
+    for a, b in zip((ours, *mine), (theirs, *formula), strict=True):
+        torch.testing.assert_close(a, b, atol=tolerance * b.abs().max().item(), rtol=0)
+
+
+@pytest.mark.parametrize("attention", [_by_blocks, sdpa_by_piece])
+@pytest.mark.parametrize("lengths", [[7], [1, 5, 2], [3, 1, 1, 11], [BLOCK + 3, BLOCK, 2 * BLOCK + 1]])
+def test_documents_equal_the_masked_formula(attention: Attention, lengths: list[int]) -> None:
+    q, k, v = _qkv(sum(lengths), 3, 12, 8)
+    bounds, pieces = _documents(lengths)
+    _same(attention(q, k, v, pieces, 0.3), reference(q, k, v, bounds, 0.3), [q, k, v], 1e-5)
+
+
+@pytest.mark.parametrize("attention", [_by_blocks, sdpa_by_piece])
+def test_bf16_is_as_near_to_the_formula_as_its_rounding(attention: Attention) -> None:
+    q, k, v = _qkv(300, 2, 24, 16, torch.bfloat16)
+    bounds, pieces = _documents([100, 200])
+    _same(attention(q, k, v, pieces, 0.2), reference(q, k, v, bounds, 0.2), [q, k, v], 1e-2)
+
+
+def test_scores_that_do_not_fit_the_buffer_take_fewer_heads_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = _qkv(300, 5, 12, 8)
+    bounds, pieces = _documents([300])
+    for size in (2 * BLOCK * 300, 1):  # two heads of the longest block, and less than one
+        monkeypatch.setattr(attention_blocks, "SCORES", size)
+        _same(_by_blocks(q, k, v, pieces, 0.3), reference(q, k, v, bounds, 0.3), [q, k, v], 1e-5)
 
 
 def test_a_boundary_changes_only_what_lies_behind_it() -> None:
     q, k, v = (torch.randn(6, 2, 8) for _ in range(3))
-    one = sdpa_by_document(q, k, v, torch.tensor([0, 6]), 1.0)
-    two = sdpa_by_document(q, k, v, torch.tensor([0, 4, 6]), 1.0)
+    one = varlen_attention(q, k, v, torch.tensor([0, 6]), 6, 1.0)
+    two = varlen_attention(q, k, v, torch.tensor([0, 4, 6]), 4, 1.0)
     torch.testing.assert_close(one[:4], two[:4])
     assert not torch.allclose(one[4:], two[4:])
 
 
-def test_pieces_of_a_pack_equal_the_masked_formula() -> None:
+@pytest.mark.parametrize("attention", [piecewise_attention, sdpa_by_piece])
+def test_pieces_of_a_pack_equal_the_masked_formula(attention: Attention) -> None:
     """Queries 2..5 and 9..12 of documents of 4, 7 and 2 tokens: three pieces, of which the last begins its document."""
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(13, 2, size, generator=generator, requires_grad=True) for size in (12, 12, 8))
+    q, k, v = _qkv(13, 2, 12, 8)
     bounds = torch.tensor([0, 4, 11, 13])
     mine = torch.tensor([2, 3, 4, 5, 9, 10, 11, 12])
     pieces = Pieces(((0, 2), (2, 4), (4, 6), (6, 8)), ((0, 4), (4, 6), (4, 11), (11, 13)))
-    ours = piecewise_attention(q[mine], k, v, pieces, 0.3)
-    theirs = reference(q, k, v, bounds, 0.3)[mine]
-    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
-    upstream = torch.randn(8, 2, 8, generator=generator)
-    for a, b in zip(
-        torch.autograd.grad(ours, (q, k, v), upstream), torch.autograd.grad(theirs, (q, k, v), upstream), strict=True
-    ):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    _same(attention(q[mine], k, v, pieces, 0.3), reference(q, k, v, bounds, 0.3)[mine], [q, k, v], 1e-5)
+
+
+def test_a_long_piece_late_in_its_document_equals_the_masked_formula() -> None:
+    start, T = BLOCK // 2, 3 * BLOCK
+    q, k, v = _qkv(T, 2, 12, 8)
+    pieces = Pieces(((0, T - start),), ((0, T),))
+    expected = reference(q, k, v, torch.tensor([0, T]), 0.3)[start:]
+    _same(piecewise_attention(q[start:], k, v, pieces, 0.3), expected, [q, k, v], 1e-5)

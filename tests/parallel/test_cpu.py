@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import gloo_ranks
 import pytest
@@ -13,7 +13,15 @@ from megatron.core.transformer.moe.moe_utils import maybe_move_tensor_to_cpu
 from perilune.parallel import cpu
 from perilune.parallel.workers import Workers
 
-HERE = {"maybe_move_tensor_to_cpu", "_set_cuda_rng_state", "_gather_along_first_dim", "_reduce_scatter_along_first_dim"}
+HERE = {
+    "maybe_move_tensor_to_cpu",
+    "_set_cuda_rng_state",
+    "_gather_along_first_dim",
+    "_reduce_scatter_along_first_dim",
+    "dist_reduce_scatter_func",
+    "dist_all_gather_func",
+    "apply_rotary_pos_emb",
+}
 
 
 def upstream(name: str) -> ModuleType:
@@ -48,6 +56,26 @@ def test_recomputation_thinks_fp8_is_on() -> None:
     random = upstream("megatron.core.tensor_parallel.random")
     assert random.CheckpointWithoutOutput().fp8
     assert not cpu._CheckpointWithoutOutput().fp8
+
+
+def test_one_rank_does_not_copy_its_memory_onto_itself() -> None:
+    asked: list[int] = []
+    collective = cpu._unless_alone(lambda output, input_, *, group: asked.append(group.size()))
+    memory, alone, two = torch.zeros(4), SimpleNamespace(size=lambda: 1), SimpleNamespace(size=lambda: 2)
+    collective(memory, memory, group=alone)
+    assert not asked
+    collective(memory, memory, group=two)
+    collective(torch.zeros(4), memory, group=alone)
+    assert asked == [2, 1]
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_rope_equals_megatrons_whether_ours_takes_it_or_not(interleaved: bool) -> None:
+    config = SimpleNamespace(apply_rope_fusion=False, rotary_interleaved=False, multi_latent_attention=True)
+    x, angles = torch.randn(5, 2, 8), torch.randn(5, 1, 4).repeat(1, 1, 2)
+    given = {"config": config, "mscale": 1.1, "cp_group": object(), "mla_rotary_interleaved": interleaved}
+    theirs = upstream("megatron.core.models.common.embeddings.rope_utils").apply_rotary_pos_emb
+    torch.testing.assert_close(cpu._rope(x, angles, **given), theirs(x, angles, **given))
 
 
 def test_parts_of_unequal_size_over_gloo(workers: Workers) -> None:

@@ -1,0 +1,139 @@
+"""The loss of each token from its hidden state: output projection and cross-entropy in chunks of tokens.
+
+Neither logits nor probabilities of all tokens are ever held in fp32: a chunk's are, and in bf16 the logits of all
+tokens in bf16 besides, which their gradients replace. In fp32 backward computes a chunk's logits again instead. The
+vocabulary may be split over tensor-parallel ranks (Megatron-LM, arXiv 1909.08053, section 3).
+
+T tokens, H hidden, V vocabulary of this rank, C tokens of a chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+CHUNK = 1 << 21  # logits at once (8 MB in fp32)
+
+
+def linear_cross_entropy(
+    hidden_TH: torch.Tensor, weight_VH: torch.Tensor, labels_T: torch.Tensor, group: dist.ProcessGroup | None = None
+) -> torch.Tensor:
+    """-log softmax(hidden weight^T)[label] of every token, [T] in fp32.
+
+    With `group`, rank r holds words [r V, (r+1) V) of the vocabulary; the gradient of `hidden_TH` is then this rank's
+    part, to be summed over the group. Labels are of the whole vocabulary. Where the weight has Megatron-core's
+    `main_grad`, backward adds its gradient there (see `kernels/experts_loop.py`).
+    """
+    out: torch.Tensor = _LinearCrossEntropy.apply(hidden_TH, weight_VH, labels_T, group)
+    return out
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_TH: torch.Tensor,
+        weight_VH: torch.Tensor,
+        labels_T: torch.Tensor,
+        group: dist.ProcessGroup | None,
+    ) -> torch.Tensor:
+        T, V = hidden_TH.shape[0], weight_VH.shape[0]
+        first = V * group.rank() if group is not None else 0
+        at_T = labels_T - first
+        mine_T = (at_T >= 0) & (at_T < V)
+        at_T = at_T.clamp(0, V - 1)
+        keep = hidden_TH.dtype in (torch.bfloat16, torch.float16) and any(ctx.needs_input_grad)
+        kept_TV = hidden_TH.new_empty(T, V) if keep else None
+        buffer = _buffer(hidden_TH, V)
+        most_T, sum_T, label_T = (buffer.new_empty(T) for _ in range(3))
+        for rows in _chunks(T, V):
+            logits = _logits(hidden_TH[rows], weight_VH, buffer, kept_TV[rows] if kept_TV is not None else None)
+            torch.amax(logits, -1, out=most_T[rows])
+            label_T[rows] = logits.gather(1, at_T[rows, None])[:, 0]
+            torch.sum(logits.sub_(most_T[rows, None]).exp_(), -1, out=sum_T[rows])
+        label_T *= mine_T
+        log_sum_T = most_T + sum_T.log_()
+        if group is not None and group.size() > 1:
+            log_sum_T = _over_group(log_sum_T, label_T, group)
+        ctx.save_for_backward(hidden_TH, weight_VH, at_T, mine_T, log_sum_T, kept_TV)
+        return log_sum_T - label_T
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_T: torch.Tensor) -> Any:
+        hidden_TH, weight_VH, at_T, mine_T, log_sum_T, kept_TV = ctx.saved_tensors
+        T, V = hidden_TH.shape[0], weight_VH.shape[0]
+        dhidden_TH = torch.empty_like(hidden_TH)
+        total = getattr(weight_VH, "main_grad", None)
+        if direct := total is not None and total.dtype == hidden_TH.dtype:
+            dweight = total
+        else:
+            dweight = torch.zeros_like(weight_VH)
+        buffer = _buffer(hidden_TH, V)
+        for rows in _chunks(T, V):
+            if kept_TV is None:
+                logits = _logits(hidden_TH[rows], weight_VH, buffer, None)
+            else:
+                logits = buffer[: rows.stop - rows.start].copy_(kept_TV[rows])
+            logits.sub_(log_sum_T[rows, None]).exp_()
+            logits.scatter_add_(1, at_T[rows, None], -mine_T[rows, None].to(logits.dtype))
+            logits.mul_(grad_T[rows, None])
+            if kept_TV is None:
+                dweight.addmm_(logits.T, hidden_TH[rows])
+                torch.mm(logits, weight_VH, out=dhidden_TH[rows])
+            else:
+                kept_TV[rows] = logits
+        if kept_TV is not None:
+            torch.mm(kept_TV, weight_VH, out=dhidden_TH)
+            torch.mm(kept_TV.T, hidden_TH, out=dweight)
+        if total is None:
+            return dhidden_TH, dweight, None, None
+        if not direct:
+            total.add_(dweight)
+        weight_VH.grad_added_to_main_grad = True
+        return dhidden_TH, torch.empty_like(weight_VH), None, None
+
+
+def _over_group(log_sum_T: torch.Tensor, label_T: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """The log-sum over all words from each rank's; the label's logit, which one rank knows, to all (in place)."""
+    most_T = log_sum_T.clone()
+    dist.all_reduce(most_T, dist.ReduceOp.MAX, group=group)
+    both = torch.stack(((log_sum_T - most_T).exp_(), label_T))
+    dist.all_reduce(both, group=group)
+    label_T.copy_(both[1])
+    return most_T + both[0].log_()
+
+
+def _logits(
+    hidden_CH: torch.Tensor, weight_VH: torch.Tensor, buffer: torch.Tensor, kept_CV: torch.Tensor | None
+) -> torch.Tensor:
+    """[C, V] in fp32, in the buffer; as the matmul gave them in `kept_CV` where that is there."""
+    wide = buffer[: hidden_CH.shape[0]]
+    if buffer.dtype == hidden_CH.dtype:
+        return torch.mm(hidden_CH, weight_VH.T, out=wide)
+    low = torch.mm(hidden_CH, weight_VH.T) if kept_CV is None else torch.mm(hidden_CH, weight_VH.T, out=kept_CV)
+    return wide.copy_(low)
+
+
+def _buffer(hidden_TH: torch.Tensor, V: int) -> torch.Tensor:
+    wide = torch.float64 if hidden_TH.dtype == torch.float64 else torch.float32
+    return torch.empty(min(hidden_TH.shape[0], _rows(V)), V, dtype=wide, device=hidden_TH.device)
+
+
+def _rows(V: int) -> int:
+    return max(1, CHUNK // V)
+
+
+def _chunks(T: int, V: int) -> Iterator[slice]:
+    for at in range(0, T, _rows(V)):
+        yield slice(at, min(at + _rows(V), T))
+
+
+def reference(hidden_TH: torch.Tensor, weight_VH: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
+    """The same by PyTorch's cross-entropy on all logits in fp32; for tests."""
+    return F.cross_entropy((hidden_TH @ weight_VH.T).float(), labels_T, reduction="none")

@@ -1,0 +1,65 @@
+"""The loss by chunks of tokens against PyTorch's on all logits. Split over ranks, the parity matrix compares it."""
+
+import pytest
+import torch
+
+from perilune.kernels import cross_entropy
+from perilune.kernels.cross_entropy import linear_cross_entropy, reference
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("collected", [False, True])
+def test_chunks_equal_pytorch_in_values_and_gradients(
+    dtype: torch.dtype, collected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cross_entropy, "CHUNK", 3 * 50)  # three tokens
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(11, 16, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(50, 16, generator=generator).to(dtype).requires_grad_()
+    labels = torch.randint(50, (11,), generator=generator)
+    upstream = torch.rand(11, generator=generator) * (labels > 5)  # some tokens count nothing
+    theirs = reference(hidden, weight, labels)
+    dhidden, dweight = torch.autograd.grad(theirs, (hidden, weight), upstream)
+    if collected:
+        weight.main_grad = torch.ones_like(weight, dtype=torch.float32)  # type: ignore[attr-defined]
+    ours = linear_cross_entropy(hidden, weight, labels)
+    ours.backward(upstream)
+    close = {"atol": 0.05, "rtol": 0.02} if dtype is torch.bfloat16 else {"atol": 1e-5, "rtol": 1e-5}
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours, theirs, **close)
+    torch.testing.assert_close(hidden.grad, dhidden, **close)
+    if collected:
+        assert weight.grad_added_to_main_grad  # type: ignore[attr-defined]
+        torch.testing.assert_close(weight.main_grad, 1 + dweight.float(), **close)  # type: ignore[attr-defined]
+    else:
+        torch.testing.assert_close(weight.grad, dweight, **close)
+
+
+def test_large_logits_do_not_overflow() -> None:
+    hidden, weight = 200 * torch.eye(4), 200 * torch.eye(4)
+    labels = torch.tensor([0, 1, 2, 0])
+    torch.testing.assert_close(linear_cross_entropy(hidden, weight, labels), torch.tensor([0.0, 0.0, 0.0, 40000.0]))
+
+
+def test_no_tensor_of_all_logits_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bf16 the logits of all tokens are held in bf16; in fp32 those of a chunk alone."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    T, V = 12, 64
+    monkeypatch.setattr(cross_entropy, "CHUNK", 2 * V)
+
+    class Largest(TorchDispatchMode):
+        fp32 = 0
+
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            out = op(*args, **(kwargs or {}))
+            for tensor in torch.utils._pytree.tree_leaves(out):
+                if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float32:
+                    self.fp32 = max(self.fp32, tensor.numel())
+            return out
+
+    for dtype in (torch.float32, torch.bfloat16):
+        hidden, weight = (torch.randn(rows, 4).to(dtype).requires_grad_() for rows in (T, V))
+        with Largest() as seen:
+            linear_cross_entropy(hidden, weight, torch.zeros(T, dtype=torch.int64)).sum().backward()
+        assert 0 < seen.fp32 <= max(2 * V, weight.numel())
