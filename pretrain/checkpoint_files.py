@@ -20,7 +20,9 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -159,18 +161,34 @@ def describe(path: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
     return found
 
 
+def check_sizes(path: Path, manifest: dict[str, Any], names: Iterable[str]) -> None:
+    """Raises CheckpointError naming the first of `names` that is missing or not of the size that the manifest says."""
+    for name in names:
+        file, said = path / name, manifest["files"][name]["bytes"]
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing. {_remedy(path)}")
+        if (size := file.stat().st_size) != said:
+            raise CheckpointError(f"{file} has {size} bytes, the manifest says {said}. {_remedy(path)}")
+
+
 def check_files(path: Path, manifest: dict[str, Any], names: Iterable[str]) -> None:
     """Raises CheckpointError naming the first of `names` that is missing or not what the manifest says."""
     for name in names:
-        said = manifest["files"][name]
-        file = path / name
-        if not file.is_file():
-            raise CheckpointError(f"{file} is missing. {_remedy(path)}")
-        if (size := file.stat().st_size) != said["bytes"]:
-            raise CheckpointError(f"{file} has {size} bytes, the manifest says {said['bytes']}. {_remedy(path)}")
-        digest = describe(path, [name])[name]["sha256"]
-        if digest != said["sha256"]:
+        check_sizes(path, manifest, [name])
+        if describe(path, [name])[name]["sha256"] != manifest["files"][name]["sha256"]:
+            file = path / name
             raise CheckpointError(f"{file} is damaged: its SHA-256 is not the one in the manifest. {_remedy(path)}")
+
+
+@contextmanager
+def checked_meanwhile(path: Path, manifest: dict[str, Any], names: Iterable[str]) -> Iterator[None]:
+    """`check_files` in a thread while the body reads them: raises at the end, whatever the body made of damage."""
+    with ThreadPoolExecutor(1) as thread:
+        checking = thread.submit(check_files, path, manifest, names)
+        try:
+            yield
+        finally:
+            checking.result()
 
 
 def sizes_of(manifest: dict[str, Any]) -> dict[str, int]:

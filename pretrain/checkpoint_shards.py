@@ -1,21 +1,24 @@
 """Sharded tensors in and out of torch's distributed checkpoint (DCP), with nothing unpickled that could run code.
 
 Megatron-core's dist_checkpointing describes which part of which global tensor a rank holds (ShardedTensor); its planner
-and torch's file writer and reader do the rest. Two doors are shut on the way in: `.metadata` is a pickle, read here by
-an unpickler that knows a dozen classes, and an entry that the metadata calls "bytes" would be unpickled by torch, so
-there may be none. A tensor's own bytes go through torch.load(weights_only=True).
+and torch's reader do the rest. Each rank writes `__R_0.distcp` with its part of the weights and `__R_1.distcp` with
+that of the optimizer's state, so that what needs the weights alone reads and hashes no more. Two doors are shut on the
+way in: `.metadata` (pretrain/checkpoint_metadata.py), and an entry that the metadata calls "bytes", which torch would
+unpickle, so there may be none. A tensor's own bytes go through torch.load(weights_only=True).
 """
 
 from __future__ import annotations
 
 import io
-import math
-import pickle
 from collections import defaultdict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
+import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
@@ -26,44 +29,74 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import filesystem
-from torch.distributed.checkpoint import metadata as dcp_metadata
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import ReadItem, SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+from torch.utils.serialization import config as serialization
 
 from perilune.pretrain.checkpoint_files import CheckpointError
+from perilune.pretrain.checkpoint_metadata import Shape
+from perilune.pretrain.disk import SyncedFile
 
-METADATA = ".metadata"
-Shape = tuple[tuple[int, ...], str]  # global shape and dtype of a tensor
-
-_CLASSES: dict[tuple[str, str], Any] = {
-    ("torch", "Size"): torch.Size,
-    ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): filesystem._StorageInfo,
-    **{
-        ("torch.distributed.checkpoint.metadata", name): getattr(dcp_metadata, name)
-        for name in (
-            "Metadata TensorStorageMetadata TensorProperties _MEM_FORMAT_ENCODING ChunkStorageMetadata MetadataIndex "
-            "StorageMeta"
-        ).split()
-    },
-    **{("torch", name): value for name, value in vars(torch).items() if isinstance(value, torch.dtype)},
-}
-
-
-class _Unpickler(pickle.Unpickler):
-    """Knows the classes of a DCP `.metadata` of tensors, and no other."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _CLASSES:
-            raise CheckpointError(f"it asks for {module}.{name}, which has no business there; do not trust its source")
-        return _CLASSES[module, name]
+OPTIMIZER = "optimizer."  # begins the keys of what is no weight
+_ALIGNED = 64  # bytes at whose multiples a tensor begins, as inside of what torch.save writes: it can be used in place
 
 
 class _Writer(dcp.FileSystemWriter):
-    """torch's writer, one file a rank, synced; without this machine's paths in the metadata."""
+    """Two files a rank, hashed and synced as they are written; without this machine's paths in the metadata.
+
+    `copied` is called once what the tensors hold may change: they are in the system's cache, or (of a GPU) in memory of
+    the host, but not yet on the disk.
+    """
+
+    def __init__(self, folder: Path, copied: Callable[[], None] | None) -> None:
+        super().__init__(folder, sync_files=True)
+        self.written: dict[str, dict[str, Any]] = {}  # name -> size and hash, as the manifest has them
+        self._folder, self._copied = folder, copied
 
     def storage_meta(self) -> StorageMeta | None:
         return StorageMeta()
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        held: list[tuple[WriteItem, Any]] = [(item, planner.resolve_data(item)) for item in plan.items]
+        if self._copied is not None and any(tensor.is_cuda for _, tensor in held):
+            held = [(item, tensor.cpu()) for item, tensor in held]
+            self._copied()
+        parts: dict[str, list[tuple[WriteItem, torch.Tensor]]] = defaultdict(list)
+        for item, tensor in held:
+            number = int(item.index.fqn.startswith(OPTIMIZER))
+            parts[f"{plan.storage_data.prefix}{number}{filesystem.DEFAULT_SUFFIX}"].append((item, tensor))
+        with ExitStack() as stack, ThreadPoolExecutor(len(parts) or 1) as threads:  # leaving the stack syncs
+            files = [stack.enter_context(SyncedFile(self._folder / name, hashed=True)) for name in parts]
+            results = [one for found in threads.map(_fill, files, parts, parts.values()) for one in found]
+            if self._copied is not None:
+                self._copied()
+        self.written = {
+            name: {"bytes": file.size, "sha256": file.hexdigest()} for name, file in zip(parts, files, strict=True)
+        }
+        done: Future[list[WriteResult]] = Future()
+        done.set_result(results)
+        return done
+
+
+def _fill(file: SyncedFile, name: str, part: list[tuple[WriteItem, torch.Tensor]]) -> list[WriteResult]:
+    """Append tensors, each as torch.save writes it; where each lies."""
+    results = []
+    for item, tensor in part:
+        file.write(bytes(-file.size % _ALIGNED))
+        start = file.size
+        with serialization.patch({"save.compute_crc32": False}):  # type: ignore[attr-defined]  # the file's SHA-256 guards it
+            torch.save(_alone(tensor.cpu()), cast(IO[bytes], file))
+        place = filesystem._StorageInfo(name, start, file.size - start)
+        results.append(WriteResult(index=item.index, size_in_bytes=place.length, storage_data=place))
+    return results
+
+
+def _alone(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory as a storage of its own: torch.save writes whole storages, and a weight is a part of a buffer."""
+    raw = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+    return torch.from_numpy(raw).view(tensor.dtype).view(tensor.shape)
 
 
 class _LoadPlanner(MCoreLoadPlanner):
@@ -81,10 +114,10 @@ def _by_key(sharded: dict[str, Any]) -> dict[str, list[ShardedTensor]]:
     return dict(grouped)
 
 
-def write(sharded: dict[str, Any], folder: Path) -> None:
-    """Write this rank's part of `sharded` (nested dicts and lists of ShardedTensor) into `folder`. Collective.
+def prepare(sharded: dict[str, Any]) -> dict[str, Any]:
+    """What of `sharded` (nested dicts and lists of ShardedTensor) this rank is to `write`. Collective.
 
-    Of a tensor that several ranks hold, the main replica is written. Raises on every rank if any rank fails.
+    Of a tensor that several ranks hold, the main replica is written. Nothing is copied.
     """
     tensors, other = save_preprocess(sharded)  # checks that every element of every tensor is written exactly once
     if any(True for _ in nested_values(other)):
@@ -94,13 +127,29 @@ def write(sharded: dict[str, Any], folder: Path) -> None:
         for key, group in _by_key(tensors).items()
         if (parts := [part for part in group if is_main_replica(part.replica_id)])
     }
+    return mcore_to_pyt_state_dict(mine, is_loading=False)
+
+
+def write(
+    prepared: dict[str, Any],
+    folder: Path,
+    group: dist.ProcessGroup | None = None,
+    copied: Callable[[], None] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Write this rank's part into `folder`; its files' sizes and hashes. Collective over `group`, in any thread.
+
+    `copied` is called as soon as the tensors may change. Raises on every rank if any rank fails.
+    """
+    writer = _Writer(folder, copied)
     dcp.save(
-        mcore_to_pyt_state_dict(mine, is_loading=False),
-        storage_writer=_Writer(folder, thread_count=1, sync_files=True),
+        prepared,
+        storage_writer=writer,
         planner=MCoreSavePlanner(
             dedup_replicated_tensors=False, flatten_state_dict=False, flatten_sharded_tensors=False
         ),
+        process_group=group,
     )
+    return writer.written
 
 
 def shapes(sharded: dict[str, Any]) -> dict[str, Shape]:
@@ -109,56 +158,6 @@ def shapes(sharded: dict[str, Any]) -> dict[str, Shape]:
         key: (tuple(parts[0].global_shape), str(parts[0].dtype).removeprefix("torch."))
         for key, parts in _by_key(sharded).items()
     }
-
-
-def stored_shapes(metadata: Metadata) -> dict[str, Shape]:
-    """Key -> global shape and dtype of what a checkpoint holds."""
-    return {
-        key: (tuple(entry.size), str(entry.properties.dtype).removeprefix("torch."))
-        for key, entry in metadata.state_dict_metadata.items()
-        if isinstance(entry, TensorStorageMetadata)
-    }
-
-
-def read_metadata(folder: Path, sizes: dict[str, int]) -> Metadata:
-    """What tensors a checkpoint holds and where. `sizes`: bytes of each file of its manifest.
-
-    Raises CheckpointError if `.metadata` asks for a class that does not belong there, holds anything but tensors, does
-    not cover one of them, or points outside of the manifest's files. None of its content is run.
-    """
-    path = folder / METADATA
-    if METADATA not in sizes:
-        raise CheckpointError(f"{folder}: the manifest lists no {METADATA}; this is not a whole checkpoint")
-    with open(path, "rb") as stream:
-        try:
-            metadata = _Unpickler(stream).load()
-            _check(metadata, sizes)
-        except CheckpointError as error:
-            raise CheckpointError(f"{path} is refused: {error}") from error
-        except Exception as error:  # whatever a malformed pickle makes torch's classes raise
-            raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
-    metadata.storage_meta = StorageMeta()
-    return metadata
-
-
-def _check(metadata: Any, sizes: dict[str, int]) -> None:
-    if type(metadata) is not Metadata:
-        raise CheckpointError(f"it holds a {type(metadata).__name__} in place of DCP's Metadata")
-    for key, entry in metadata.state_dict_metadata.items():
-        if type(entry) is not TensorStorageMetadata or not isinstance(entry.properties.dtype, torch.dtype):
-            raise CheckpointError(f"{key!r} is a {type(entry).__name__}, not a tensor")
-        covered = sum(math.prod(chunk.sizes) for chunk in entry.chunks)
-        if covered != math.prod(entry.size):
-            raise CheckpointError(f"{key!r} has {math.prod(entry.size)} elements, its parts {covered}")
-    for index, place in metadata.storage_data.items():
-        end = place.offset + place.length
-        if place.relative_path not in sizes or place.offset < 0 or end > sizes[place.relative_path]:
-            raise CheckpointError(
-                f"{index.fqn!r} lies at bytes {place.offset} to {end} of {place.relative_path!r}, which is not in a "
-                "file of the manifest"
-            )
-        if place.transform_descriptors:
-            raise CheckpointError(f"{index.fqn!r} is stored with {place.transform_descriptors}, which is never written")
 
 
 def read(sharded: dict[str, Any], folder: Path, metadata: Metadata) -> dict[str, Any]:

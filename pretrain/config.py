@@ -35,6 +35,7 @@ ALLOWED_ON_RESUME = (
     "train.save_every",
     "train.log_every",
     "train.keep",
+    "train.async_save",
     "train.threads",
     "valid.*",
     "parallel.*",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from perilune.kernels import attention
 from perilune.parallel import mesh as meshes
 from perilune.parallel import precision
 from perilune.pretrain import checkpoint, model, optimizer, rules
+from perilune.pretrain.checkpoint_saver import Saver
 from perilune.pretrain.data.batch import PackedBatch
 from perilune.pretrain.data.dealing import cost_model
 from perilune.pretrain.data.quarantine import over_all_ranks
@@ -24,6 +24,7 @@ from perilune.pretrain.objective import next_token
 from perilune.pretrain.profiling import Trace, explain_out_of_memory
 from perilune.pretrain.report import environment
 from perilune.pretrain.schema import Config
+from perilune.pretrain.signals import Stop
 from perilune.pretrain.step import evaluate, train_step
 from perilune.pretrain.timetable import Timetable
 
@@ -34,7 +35,7 @@ def run(config: Config, run_dir: Path, world: int, *, init_from: Path | None = N
     Continues from the newest checkpoint of `run_dir`. Raises Preempted once a SIGTERM or SIGINT has led to a
     checkpoint, InputError for data or checkpoints that cannot be used, FloatingPointError after too many bad steps.
     """
-    stop = _Stop()
+    stop = Stop()
     mesh = rules.mesh_of(config, world)
     meshes.start(mesh)
     net = model.build(config, mesh)
@@ -58,6 +59,8 @@ def run(config: Config, run_dir: Path, world: int, *, init_from: Path | None = N
         if init_from is not None and step:
             log.say("--init-from was for this run's start; it continues from its own checkpoint")
         trace = Trace(run_dir) if profile else None
+        saver = Saver(run_dir / "checkpoints", config)
+        stack.callback(saver.close)
         bad_in_a_row = 0
         while step < plan.total_steps:
             meter.start()
@@ -68,7 +71,8 @@ def run(config: Config, run_dir: Path, world: int, *, init_from: Path | None = N
                 log.say(f"  damaged: {found['reason']} Row {found['replaced_by']} of the dataset takes its place")
             meter.data_ready()
             with explain_out_of_memory(run_dir, net.bare(), optim):
-                result = train_step(net, optim, batches, next_token, todo, clip=config.optim.clip, stop=stop.asked)
+                result = train_step(net, optim, batches, next_token, todo, clip=config.optim.clip,
+                                    stop=stop.asked or saver.failed, before_update=saver.before_update)  # fmt: skip
             step, state = step + 1, stream.advance(state, todo.rows)
             figures = meter.figures(todo)
             if config.valid.every and (step % config.valid.every == 0 or step == plan.total_steps):
@@ -78,6 +82,7 @@ def run(config: Config, run_dir: Path, world: int, *, init_from: Path | None = N
             if result.skipped:
                 log.say(f"  not finite, nothing changed; the global batch's rows: {_all_rows(batches)}")
             if bad_in_a_row >= config.train.nonfinite_limit:
+                saver.finish()
                 newest = checkpoint.latest(run_dir / "checkpoints")
                 raise FloatingPointError(
                     f"{bad_in_a_row} steps in a row up to step {step} were not finite (train.nonfinite_limit); "
@@ -90,9 +95,11 @@ def run(config: Config, run_dir: Path, world: int, *, init_from: Path | None = N
             if step == plan.total_steps or result.stop or (every and step % every == 0):
                 at = {"step": step, "data": state.to_dict()}  # after its line in the metrics, so that none can lack
                 net.settle()
-                checkpoint.save(run_dir / "checkpoints", step, net, optim, at, config=config, keep=config.train.keep)
+                saver.save(step, net, optim, at)
             if result.stop and step < plan.total_steps:
+                saver.finish()
                 raise Preempted(f"stopped on request after step {step} of {plan.total_steps}, checkpoint written")
+        saver.finish()
     meshes.stop()
 
 
@@ -135,16 +142,3 @@ def _validate(config: Config, net: model.Model, stream: Stream, dp: int) -> tupl
         remote=remote_of(config.data),
     )
     return evaluate(net, batches, next_token)
-
-
-class _Stop:
-    """Set by SIGTERM or SIGINT; the ranks agree at the end of each step, so that all stop after the same one."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._ask)
-
-    def _ask(self, number: int, frame: object) -> None:
-        del number, frame
-        self.asked = True

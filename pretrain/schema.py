@@ -67,6 +67,7 @@ class Train:
     save_every: int = 0  # steps; 0: only at the end
     log_every: int = 1  # steps between progress lines (metrics.jsonl has every step)
     keep: int = 2  # newest checkpoints kept; 0: all
+    async_save: bool = True  # checkpoints are written while training goes on
     nonfinite_limit: int = 10  # skipped steps in a row after which the run stops
     threads: int = 0  # CPU threads a process; 0: cores // processes
 

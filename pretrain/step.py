@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import batched
@@ -96,10 +96,12 @@ def train_step(
     *,
     clip: float,
     stop: bool = False,
+    before_update: Callable[[], None] = lambda: None,
 ) -> StepResult:
     """Forward and backward over this rank's micro-batches of a global batch, then the update.
 
-    Weights, moments and router biases change only if the loss and every gradient are finite on every rank.
+    Weights, moments and router biases change only if the loss and every gradient are finite on every rank; weights,
+    masters and moments only after `before_update` returns.
     """
     for group in optimizer.param_groups:
         group["lr"] = todo.lr
@@ -114,6 +116,7 @@ def train_step(
         for (_, router), bias in zip(routers, biases, strict=True):
             router.expert_bias.copy_(bias)
     else:
+        before_update()
         _update(optimizer, norm, clip)
     means = (sums[0] / sums[1].clamp(min=1)).tolist()
     used = load_LE.sum(-1) > 0

@@ -149,7 +149,7 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "config.yaml", "manifest.json"])
+@pytest.mark.parametrize("name", ["__0_0.distcp", "__0_1.distcp", ".metadata", "config.yaml", "manifest.json"])
 def test_damage_is_named(name: str, damage: str, saved: dict[str, Any], tmp_path: Path) -> None:
     path = shutil.copytree(saved["path"], tmp_path / "step_00000002")
     assert files.verify(path)["step"] == 2

@@ -7,6 +7,7 @@ writes, or the experts that one process of the run saved, and what reading them 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -39,11 +40,11 @@ def export(
     that is there.
     """
     refuse_existing(out)  # before every file is hashed
-    checkpoint = Checkpoint(run_or_checkpoint)
+    checkpoint = Checkpoint(run_or_checkpoint, hashed=False)
     target = DTYPES[dtype] if dtype else checkpoint.dtype()
     tokenizer = card.tokenizer_of(checkpoint)
     config = config_to_hf(checkpoint.config.model, dtype=str(target).removeprefix("torch."), **tokenizer.ids)
-    say(f"{checkpoint.path}: every file has its hash; writing {target} to {out}")
+    say(f"{checkpoint.path}: writing {target} to {out}, which gets its name if what is read has its hash")
     if tokenizer.missing:
         say(f"no tokenizer in the export: {tokenizer.missing}")
     with new_folder(out) as folder:
@@ -53,12 +54,10 @@ def export(
         plan = [(b.theirs, b.shape, torch.float32 if b.fp32 else target)
                 for tensor in checkpoint.tensors.values() for b in tensor.blocks]  # fmt: skip
         writer = ShardWriter(folder, plan, max_shard_bytes)
-        try:
+        with checkpoint.hashed_meanwhile(names_in(checkpoint, target)), closing(writer):
             for block, values in stream(checkpoint, target):
                 writer.put(block.theirs, values)
             size = writer.finish()
-        finally:
-            writer.close()
         verdict = verified_by(folder, checkpoint, target) if verified_by else None
         card.write(folder, checkpoint, target, verdict)
     say(f"{len(plan):,} tensors, {size:,} bytes: {out}")
@@ -67,12 +66,16 @@ def export(
 
 def stream(checkpoint: Checkpoint, target: torch.dtype) -> Iterator[tuple[Block, torch.Tensor]]:
     """Every block of the table with its values of type `target` (router biases fp32), tensor after tensor."""
-    masters = target is torch.float32 and checkpoint.dtype() is torch.bfloat16 and checkpoint.has_masters()
-    for tensor in checkpoint.tensors.values():
-        name = MASTER + tensor.name if masters and not tensor.fp32 else tensor.name
+    for tensor, name in zip(checkpoint.tensors.values(), names_in(checkpoint, target), strict=True):
         for offset, shape, own in tensor.pieces():
             piece = checkpoint.read(name, offset[0], offset[0] + shape[0])
             if tuple(piece.shape) != shape:
                 raise InputError(f"{checkpoint.path}: {name} is not {list(tensor.shape)}")
             for block in tensor.blocks if shape == tensor.shape else own:
                 yield block, piece[block.index_in_piece].to(torch.float32 if block.fp32 else target)
+
+
+def names_in(checkpoint: Checkpoint, target: torch.dtype) -> list[str]:
+    """The stored tensor of each of `checkpoint.tensors`: fp32 of bf16 weights are their masters, where it has them."""
+    masters = target is torch.float32 and checkpoint.dtype() is torch.bfloat16 and checkpoint.has_masters()
+    return [MASTER + t.name if masters and not t.fp32 else t.name for t in checkpoint.tensors.values()]

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import io
+import mmap
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.utils import _create_file_view
 
 from perilune.pretrain import checkpoint_files as files
-from perilune.pretrain import checkpoint_shards as shards
 from perilune.pretrain import config as configs
 from perilune.pretrain.checkpoint_files import CheckpointError
+from perilune.pretrain.checkpoint_metadata import METADATA, read_metadata, stored_shapes
 from perilune.pretrain.errors import InputError
 from perilune.pretrain.hf.table import Tensor, tensors
 from perilune.pretrain.schema import Config
@@ -24,22 +27,26 @@ _NAMED = 3
 class Checkpoint:
     """A committed checkpoint whose tensors are those of its run's model, no more and no fewer.
 
-    It may lie anywhere: its configuration is in it. Raises InputError (CheckpointError) for a path that is neither, a
+    It may lie anywhere: its configuration is in it. Without `hashed`, tensors may be read inside of `hashed_meanwhile`
+    only. Raises InputError (CheckpointError) for a path that is neither, a
     damaged or hostile file, and tensors that are not the model's of that configuration.
     """
 
-    def __init__(self, run_or_checkpoint: Path) -> None:
+    def __init__(self, run_or_checkpoint: Path, *, hashed: bool = True) -> None:
         found = checkpoint_of(run_or_checkpoint)
         if found is None:
             hint = "; of a Hugging Face folder `perilune import` makes a checkpoint"
             is_theirs = (run_or_checkpoint / "config.json").is_file()
             raise InputError(neither(run_or_checkpoint) + (hint if is_theirs else ""))
         self.path = found
-        self.manifest = files.verify(self.path)
-        self._metadata = shards.read_metadata(self.path, files.sizes_of(self.manifest))
+        self.manifest = files.read_manifest(self.path)
+        names = self.manifest["files"]
+        files.check_sizes(self.path, self.manifest, names)
+        files.check_files(self.path, self.manifest, names if hashed else names.keys() & {METADATA, files.CONFIG})
+        self._metadata = read_metadata(self.path, files.sizes_of(self.manifest))
         self.config = self._config()
         self.tensors: dict[str, Tensor] = tensors(self.config.model)
-        self._stored = shards.stored_shapes(self._metadata)
+        self._stored = stored_shapes(self._metadata)
         self._held: dict[MetadataIndex, torch.Tensor] = {}
         self._check()
         if {self._stored[t.name][1] for t in self.tensors.values() if not (t.fp32 or t.router)} != {"float32"}:
@@ -62,6 +69,12 @@ class Checkpoint:
                 f"{self.path} holds weights of {sorted(found)}; float32 or bfloat16 throughout is expected"
             )
         return torch.float32 if found == {"float32"} else torch.bfloat16
+
+    def hashed_meanwhile(self, names: Iterable[str]) -> AbstractContextManager[None]:
+        """Hash the files that hold the tensors `names` while the body reads them; raises CheckpointError at its end."""
+        wanted = set(names)
+        held = {place.relative_path for at, place in self._metadata.storage_data.items() if at.fqn in wanted}
+        return files.checked_meanwhile(self.path, self.manifest, sorted(held))
 
     def has_masters(self) -> bool:
         """Whether every bf16 weight has its fp32 master in the optimizer's state."""
@@ -99,10 +112,7 @@ class Checkpoint:
     def _part(self, index: MetadataIndex, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
         """A part of a tensor as one process stored it."""
         place = self._metadata.storage_data[index]
-        with open(self.path / place.relative_path, "rb") as stream:
-            stream.seek(place.offset)
-            data = stream.read(place.length)
-        part = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        part = _mapped(self.path / place.relative_path, place.offset, place.length)
         if part.dtype != dtype or tuple(part.shape) != tuple(shape):
             raise CheckpointError(
                 f"{self.path}: {index.fqn} holds {list(part.shape)} {part.dtype} where its metadata says "
@@ -130,6 +140,21 @@ class Checkpoint:
             raise CheckpointError(
                 f"{self.path} is not of the model in its {files.CONFIG}: {'; '.join(wrong[:_NAMED])}{more}"
             )
+
+
+def _mapped(file: Path, start: int, length: int) -> torch.Tensor:
+    """The tensor that torch.save wrote to `length` bytes of `file`, in the system's cache of the file: not copied."""
+    skipped = start % mmap.ALLOCATIONGRANULARITY
+    with open(file, "rb") as stream:
+        part = cast(IO[bytes], _create_file_view(stream, start, length))
+        described = torch.load(part, map_location="meta", weights_only=True)
+        window = mmap.mmap(stream.fileno(), skipped + length, offset=start - skipped, access=mmap.ACCESS_COPY)
+    storage = described.untyped_storage()
+    begin = skipped + storage._checkpoint_offset
+    raw = torch.frombuffer(window, dtype=torch.uint8, count=storage.nbytes(), offset=begin)
+    if raw.data_ptr() % described.dtype.itemsize:
+        raw = raw.clone()  # a checkpoint of before tensors were aligned
+    return raw.view(described.dtype).as_strided(described.shape, described.stride(), described.storage_offset())
 
 
 def checkpoint_of(path: Path) -> Path | None:

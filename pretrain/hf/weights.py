@@ -15,11 +15,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from perilune.pretrain.disk import SyncedFile
 from perilune.pretrain.errors import InputError
 from perilune.pretrain.hf.folder import read_json, write_json
 
@@ -169,7 +170,7 @@ class ShardWriter:
         }
         self._written: set[str] = set()
         self._open_name: str | None = None
-        self._stream: BinaryIO | None = None
+        self._file: SyncedFile | None = None
         self._starts: dict[str, int] = {}
 
     def put(self, name: str, tensor: torch.Tensor) -> None:
@@ -177,9 +178,8 @@ class ShardWriter:
         shape, dtype = self._plan[name]
         if tuple(tensor.shape) != shape or tensor.dtype != dtype or name in self._written:
             raise ValueError(f"{name}: {list(tensor.shape)} {tensor.dtype} where {list(shape)} {dtype} was announced")
-        stream = self._to(self._file_of[name])
-        stream.seek(self._starts[name])
-        stream.write(memoryview(tensor.contiguous().view(torch.uint8).reshape(-1).numpy()))
+        file = self._to(self._file_of[name])
+        file.write_at(tensor.contiguous().view(torch.uint8).reshape(-1).numpy(), self._starts[name])
         self._written.add(name)
 
     def finish(self) -> int:
@@ -194,12 +194,12 @@ class ShardWriter:
 
     def close(self) -> None:
         """Give the open file back without finishing."""
-        if self._stream is not None:
-            self._stream.close()
-            self._stream = None
+        if self._file is not None:
+            self._file.abandon()
+            self._file = None
 
-    def _to(self, file: str) -> BinaryIO:
-        if self._stream is None or file != self._open_name:
+    def _to(self, file: str) -> SyncedFile:
+        if self._file is None or file != self._open_name:
             self._close()
             # Larger items first: each tensor then lies at a multiple of its item's size.
             names = [name for name, where in self._file_of.items() if where == file]
@@ -217,14 +217,12 @@ class ShardWriter:
             text = json.dumps(header, separators=(",", ":")).encode()
             text += b" " * (-len(text) % 8)
             self._starts = {name: 8 + len(text) + header[name]["data_offsets"][0] for name in names}
-            self._stream = open(self._folder / file, "xb")  # noqa: SIM115 - open over several calls
+            self._file = SyncedFile(self._folder / file, hashed=False)
             self._open_name = file
-            self._stream.write(len(text).to_bytes(8, "little") + text)
-        return self._stream
+            self._file.write(len(text).to_bytes(8, "little") + text)
+        return self._file
 
     def _close(self) -> None:
-        if self._stream is not None:
-            self._stream.flush()
-            os.fsync(self._stream.fileno())
-            self._stream.close()
-            self._stream = None
+        if self._file is not None:
+            self._file.close()
+            self._file = None

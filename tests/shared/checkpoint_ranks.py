@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -49,6 +49,7 @@ class Trainer:
         self.model = model.build(config, mesh)
         self.optimizer = optimizer.build(config, self.model)
         self.step = 0
+        self.before_update: Callable[[], None] = lambda: None
 
     def train(self, steps: int) -> list[float]:
         """Losses (nats a token) of the next `steps` steps."""
@@ -66,7 +67,9 @@ class Trainer:
         batches = [collate([row], self.config.model.num_nextn_predict_layers, True) for row in mine]
         todo = StepPlan(rows=ROWS, lr=1e-2 / (1 + self.step), mtp_weight=0.3, bias_speed=1e-2)
         self.step += 1
-        return train_step(self.model, self.optimizer, batches, next_token, todo, clip=1.0)
+        return train_step(
+            self.model, self.optimizer, batches, next_token, todo, clip=1.0, before_update=self.before_update
+        )
 
     def digest(self) -> dict[str, str]:
         """SHA-256 of all that this rank holds: weights and biases, masters, moments, step counts."""

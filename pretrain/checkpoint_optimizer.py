@@ -1,0 +1,221 @@
+"""An optimizer's moments and masters as sharded tensors, in the shape and under the name of their weight, and back.
+
+What is saved is never gathered: the distributed optimizer's ranks each hold ranges of flattened weights, and a range is
+a few boxes of its weight. What is loaded is Megatron-core's fully reshardable form, which reads any boxes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedTensor, ShardedTensorFactory
+
+from perilune.pretrain.agreement import Ranks
+
+Box = tuple[tuple[int, ...], tuple[int, ...]]  # offsets and sizes
+
+_MASTER = "optimizer.state.param."  # as the distributed optimizer names it...
+_PLAIN_MASTER = "optimizer.state.fp32_param."  # ...and as the plain mixed-precision one does
+
+
+def _optimizers(optimizer: Any) -> list[Any]:
+    """The optimizers in Megatron-core's chain that hold parameters of this rank."""
+    chain = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [one for one in chain if not getattr(one, "is_stub_optimizer", False)]
+
+
+def _begin(optimizer: Any) -> None:
+    """Give a new optimizer the zero moments and step count that its first step would give it."""
+    for one in _optimizers(optimizer):
+        if getattr(one, "grad_scaler", None) is not None:
+            raise TypeError("dynamic loss scaling (fp16) is not built: its scale would be lost")
+        one.init_state_fn(one.optimizer, one.config)
+        if _counts_by_parameter(one):
+            for moments in one.optimizer.state.values():
+                moments.setdefault("step", torch.tensor(0.0))
+
+
+def _counts_by_parameter(one: Any) -> bool:
+    """torch's Adam counts steps in each parameter's state, Transformer Engine's in each group."""
+    return isinstance(one.optimizer, torch.optim.Adam)  # AdamW is one too
+
+
+def adam_step(optimizer: Any, ranks: Ranks) -> int:
+    """The step count that all parameters of all ranks share. Raises ValueError if they do not."""
+    counts: set[int] = set()
+    for one in _optimizers(optimizer):
+        if _counts_by_parameter(one):
+            counters = list(one.optimizer.state.values())
+        else:  # a group without parameters on this rank is not counted up
+            counters = [group for group in one.optimizer.param_groups if group["params"]]
+        counts.update(int(counter.get("step", 0)) for counter in counters)
+    found = sorted(set().union(*ranks.gathered(counts)))
+    if len(found) != 1:
+        raise ValueError(f"the optimizer's parameters are at steps {found}; they move together or not at all")
+    return found[0]
+
+
+def sharded_state(optimizer: Any, model_state: dict[str, Any], *, loading: bool) -> dict[int, Any]:
+    """Optimizer in the chain -> its sharded moments and masters, in the shape and under the name of the weight.
+
+    To save they are the optimizer's own memory. Masters have one name here, and there are none for fp32 weights: the
+    master of such a weight is the weight.
+    """
+    _begin(optimizer)
+    state: dict[int, Any] = {}
+    for index, one in enumerate(_optimizers(optimizer)):
+        if _is_distributed(one):
+            state[index] = _to_load(one, model_state) if loading else _to_save(one, model_state)
+        else:
+            part = one.sharded_state_dict(model_state, is_loading=loading, metadata={"non_homogeneous_layers": True})
+            for master in nested_values(part.get("fp32_from_fp16_params", [])):
+                master.key = master.key.replace(_PLAIN_MASTER, _MASTER, 1)
+            state[index] = part
+    return state
+
+
+def _to_load(one: Any, model_state: dict[str, Any]) -> dict[str, Any]:
+    """What the distributed optimizer wants filled.
+
+    It is asked for its tensors alone: the rest of its state (distrib_optimizer.py, state_dict) cannot be had in 0.19.2
+    on a rank that holds no parameter of it, as a pipeline stage without experts.
+    """
+    weights = {entry.key: entry.data for entry in nested_values(model_state)}
+    with _padding_counted(one):
+        part = {"param_state": one.sharded_param_state_fully_reshardable(model_state, True, {})}
+    for tensors in part["param_state"].values():
+        weight = weights[tensors["param"].key.removeprefix(_MASTER)]
+        if weight.dtype is torch.float32:
+            tensors["param"] = LocalNonpersistentObject(weight.detach())
+    return part
+
+
+def _to_save(one: Any, model_state: dict[str, Any]) -> list[ShardedTensor]:
+    """The boxes of all weights of which the distributed optimizer holds moments and masters on this rank."""
+    entries = {entry.data: entry for entry in nested_values(model_state)}
+    found: list[ShardedTensor] = []
+    for weight in one.model_param_group_index_map:
+        held = one._get_model_param_range_map(weight)["param"]
+        parts = _parts(entries[weight])
+        for name, flat in one._get_main_param_and_optimizer_states(weight).items():
+            if name == "step" or (name == "param" and weight.dtype is torch.float32):
+                continue
+            at = 0
+            for start, sizes in boxes(held.start, held.end, tuple(weight.shape)):
+                values = flat.detach().view(-1)[at : at + math.prod(sizes)].view(sizes)
+                at += values.numel()
+                found += _placed(parts, name, start, values)
+    return found
+
+
+def boxes(start: int, end: int, shape: tuple[int, ...]) -> Iterator[Box]:
+    """(offsets, sizes) of few boxes of `shape` that together are its flattened elements `start` to `end`, in order."""
+    if len(shape) == 1 or start >= end:
+        if start < end:
+            yield (start,), (end - start,)
+        return
+    row = math.prod(shape[1:])
+    first, last = -(-start // row), end // row  # the whole rows
+    if start < first * row:
+        yield from _in_row(first - 1, start, min(end, first * row), shape)
+    if first < last:
+        yield (first, *(0,) * (len(shape) - 1)), (last - first, *shape[1:])
+    if first <= last and last * row < end:
+        yield from _in_row(last, last * row, end, shape)
+
+
+def _in_row(row: int, start: int, end: int, shape: tuple[int, ...]) -> Iterator[Box]:
+    begin = row * math.prod(shape[1:])
+    for offsets, sizes in boxes(start - begin, end - begin, shape[1:]):
+        yield (row, *offsets), (1, *sizes)
+
+
+def _parts(entry: ShardedTensor | ShardedTensorFactory) -> list[tuple[ShardedTensor, int, int]]:
+    """(part, dim, where along dim it begins in this rank's weight) of the global slices in which a weight is stored.
+
+    More than one where a factory cuts it along a dim (gate and up, which lie apart in the global tensor).
+    """
+    if isinstance(entry, ShardedTensor):
+        return [(entry, 0, 0)]
+    stored = list(nested_values(replace(entry, data=torch.empty_like(entry.data, device="meta")).build()))
+    (dim,) = [dim for dim, size in enumerate(entry.data.shape) if stored[0].local_shape[dim] != size]
+    return [(part, dim, sum(before.local_shape[dim] for before in stored[:i])) for i, part in enumerate(stored)]
+
+
+def _placed(
+    parts: list[tuple[ShardedTensor, int, int]], name: str, start: tuple[int, ...], values: torch.Tensor
+) -> Iterator[ShardedTensor]:
+    """`values`, a box at `start` of this rank's weight, in the global tensors of the state `name`."""
+    for part, dim, begin in parts:
+        low, high = max(start[dim], begin), min(start[dim] + values.shape[dim], begin + part.local_shape[dim])
+        if low >= high:
+            continue
+        local = [low - begin if d == dim else offset for d, offset in enumerate(start)]
+        offsets = [0] * part.prepend_axis_num + local
+        cut = values.narrow(dim, low - start[dim], high - low)
+        cut = cut.reshape(*(1,) * part.prepend_axis_num, *cut.shape)
+        yield ShardedTensor(
+            key=f"optimizer.state.{name}.{part.key}",
+            data=cut,
+            dtype=cut.dtype,
+            local_shape=tuple(cut.shape),
+            global_shape=part.global_shape,
+            global_offset=tuple(a + b for a, b in zip(part.global_offset, offsets, strict=True)),
+            axis_fragmentations=None,  # boxes make no regular grid
+            replica_id=(*part.replica_id[:2], 0),  # no other data-parallel rank holds it
+        )
+
+
+@contextmanager
+def _padding_counted(one: Any) -> Iterator[None]:
+    """Let the distributed optimizer find its tensors where several buckets make a buffer.
+
+    Megatron-core 0.19.2 gathers each bucket without the padding at its end, but cuts by offsets that count it: what
+    lies behind the first padded bucket is saved shifted (an MTP stage's embedding, say), with no more than a warning.
+    """
+    kept = [(part, part.numel_unpadded) for buffer in one.buffers for part in (buffer, *buffer.buckets)]
+    for buffer in one.buffers:
+        buffer.numel_unpadded = buffer.numel
+        for bucket in buffer.buckets:
+            bucket.numel_unpadded = bucket.grad_data.numel()
+    try:
+        yield
+    finally:
+        for part, size in kept:
+            part.numel_unpadded = size
+
+
+def _is_distributed(one: Any) -> bool:
+    return hasattr(one, "sharded_param_state_fully_reshardable")
+
+
+def load_state(optimizer: Any, state: dict[int, Any], step: int) -> None:
+    """Put loaded moments and masters into the optimizers of the chain, all at Adam step `step`.
+
+    Megatron-core 0.19.2 wants a "step" among the tensors of torch's AdamW that it has not saved (distrib_optimizer.py,
+    _set_main_param_and_optimizer_states); its plain optimizers want it as "common_step".
+    """
+    for index, one in enumerate(_optimizers(optimizer)):
+        if not one.get_parameters():  # this rank holds none of its weights
+            continue
+        part = state[index]
+        if _is_distributed(one):
+            for moments in one.optimizer.state.values():
+                moments.pop("step", None)
+            one.load_parameter_state_from_fully_reshardable(part["param_state"])
+        else:
+            if _counts_by_parameter(one):
+                part.get("optimizer", part)["state"]["common_step"] = torch.tensor(float(step))
+            one.load_state_dict(part)
+        if _counts_by_parameter(one):
+            for moments in one.optimizer.state.values():
+                moments["step"] = torch.tensor(float(step))
+        else:
+            for group in one.optimizer.param_groups:
+                group["step"] = step
