@@ -1,8 +1,9 @@
 """Megatron-core imported without its compiler: what it decorates with torch.compile is compiled when first called.
 
 2026-11, megatron-core 0.19.2: some twenty small functions are decorated as the modules are imported, and the first
-decoration imports TorchDynamo and TorchInductor, a third of the CPU seconds of a training process's start; a run calls
-none of them unless a fusion is switched on. tests/test_start.py fails once upstream no longer does that.
+decoration imports TorchDynamo and TorchInductor, a third of the CPU seconds that importing takes. All but one belong to
+fusions that Perilune leaves off; that one counts tokens in the router. On a CPU it runs as it is written: compiling it
+would take seconds of every start. tests/test_start.py fails once upstream no longer does that.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ def import_megatron_core() -> None:
     import torch
 
     own = torch.compile
-    torch.compile = functools.partial(_when_called, own)  # type: ignore[assignment]
+    as_written = not torch.cuda.is_available()
+    torch.compile = functools.partial(_when_called, own, as_written)  # type: ignore[assignment]
     try:
         for name in ("distributed", "models.gpt", "models.gpt.moe_module_specs", "optimizer"):
             importlib.import_module(f"megatron.core.{name}")
@@ -29,12 +31,14 @@ def import_megatron_core() -> None:
         torch.compile = own
 
 
-def _when_called(compiler: Callable[..., Any], function: Any = None, **options: Any) -> Any:
-    """`torch.compile`, as a call and as a decorator with options, that waits until `function` is called."""
+def _when_called(compiler: Callable[..., Any], as_written: bool, function: Any = None, **options: Any) -> Any:
+    """`torch.compile`, as a call and as a decorator with options, that waits for a call, or for ever."""
     import torch
 
     if function is None:
-        return functools.partial(_when_called, compiler, **options)
+        return functools.partial(_when_called, compiler, as_written, **options)
+    if as_written:
+        return function
     compiled: list[Callable[..., Any]] = []
 
     @functools.wraps(function)

@@ -68,10 +68,27 @@ def test_what_is_compiled_late_is_compiled_once_and_with_its_options(monkeypatch
         "Twice."
         return 2 * x
 
-    plain = late_compile._when_called(compiler, double)
-    decorated = late_compile._when_called(compiler, dynamic=True)(double)
+    plain = late_compile._when_called(compiler, False, double)
+    decorated = late_compile._when_called(compiler, False, dynamic=True)(double)
     assert asked == [] and plain.__doc__ == "Twice."
     assert [plain(1), plain(2), decorated(3)] == [("compiled", 2), ("compiled", 4), ("compiled", 6)]
     assert asked == [("double", {}), ("double", {"dynamic": True})]
     monkeypatch.setattr("torch.compiler.is_compiling", lambda: True)
     assert plain(1) == 2, "inside of a function that is being compiled it is a part of that"
+    assert late_compile._when_called(compiler, True, double) is double and len(asked) == 2
+
+
+def test_a_first_step_on_a_cpu_compiles_nothing(packed: Path, tmp_path: Path) -> None:
+    """TorchDynamo's front is imported by torch's optimizers; its back, TorchInductor, by nothing of a run."""
+    code = f"""
+import os
+os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0", CUDA_VISIBLE_DEVICES="")
+import torch.distributed as dist
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+from perilune.pretrain.cli import main
+keys = ["data.path={packed}", "train.steps=1", "train.global_batch_size=1"]
+try: main(["train", "tiny", *keys, "--run", {str(tmp_path / "run")!r}])
+except SystemExit as end: assert not end.code, end.code
+"""
+    assert imported(code, "megatron.core", "torch._inductor.compile_fx") == ["megatron.core"]
+    assert (tmp_path / "run" / "metrics.jsonl").read_text().count("\n") == 1
