@@ -3,13 +3,15 @@
 A block of queries meets all its keys at once, so that no online softmax is needed; only its last columns are masked.
 Scores and softmax are fp32, whatever the inputs; the other matmuls run in the inputs' type, and sums over blocks are
 fp32. One buffer of scores, of the size of a cache, serves all blocks: fresh memory would cost a page fault for every
-4 KB. Backward computes the scores again, so no T x T matrix is ever held.
+4 KB. Backward computes the scores again, so no T x T matrix is held; of documents so short that their softmax is small
+beside the other activations, it is kept in bf16.
 
 Q queries, K keys, N heads, D query and key head dim, E value head dim (they may differ, without padding).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -19,6 +21,7 @@ from torch.autograd.function import once_differentiable
 Range = tuple[int, int]
 
 BLOCK = 128  # queries: larger ones compute more of what is masked, smaller ones have slower matmuls
+KEPT = 1 << 25  # bf16 numbers of softmax that one call may keep for backward: 64 MB
 SCORES = 1 << 19  # fp32 numbers of the buffer: 2 MB, the second-level cache of the cores measured
 
 
@@ -55,9 +58,14 @@ class _Blocked(torch.autograd.Function):
         low = scores.buffer(v_KNE.dtype)
         out_QNE = v_KNE.new_empty(q_QND.shape[0], *v_KNE.shape[1:])
         out, v = out_QNE.transpose(0, 1), _by_head(v_KNE)
-        for heads, block, seen in _blocks(queries, keys, q_QND.shape[1]):
-            p = _cast(scores.softmax(heads, block, seen), low)
-            out[heads, block] = p @ v[heads, seen]
+        blocks = list(_blocks(queries, keys, q_QND.shape[1]))
+        keep = v_KNE.dtype != scores.dtype and any(ctx.needs_input_grad) and sum(map(_size, blocks)) <= KEPT
+        ctx.kept = []
+        for heads, block, seen in blocks:
+            p = scores.softmax(heads, block, seen)
+            if keep:
+                ctx.kept.append(p := p.to(v.dtype))
+            out[heads, block] = _cast(p, low) @ v[heads, seen]
         return out_QNE
 
     @staticmethod
@@ -71,14 +79,14 @@ class _Blocked(torch.autograd.Function):
         dk, dv = (torch.zeros(x.shape, dtype=scores.dtype, device=x.device) for x in (k, v))
         d_scores = scores.buffer(scores.dtype)
         p_low, ds_low = (scores.buffer(q.dtype) for _ in range(2)) if q.dtype != scores.dtype else (d_scores, d_scores)
-        for heads, block, seen in _blocks(ctx.queries, ctx.keys, q.shape[0]):
-            p = scores.softmax(heads, block, seen)
+        for at, (heads, block, seen) in enumerate(_blocks(ctx.queries, ctx.keys, q.shape[0])):
+            p = scores.wide(ctx.kept[at]) if ctx.kept else scores.softmax(heads, block, seen)
             dp, dp_low = (x[: p.numel()].view(p.shape) for x in (d_scores, ds_low))
             torch.bmm(grad[heads, block], v[heads, seen].transpose(1, 2), out=dp_low)
             if ds_low is not d_scores:
                 dp.copy_(dp_low)
             torch.ops.aten._softmax_backward_data.out(dp, p, -1, dp.dtype, grad_input=dp)
-            p, ds = _cast(p, p_low), _cast(dp, ds_low)
+            p, ds = ctx.kept[at] if ctx.kept else _cast(p, p_low), _cast(dp, ds_low)
             dq[heads, block] = (ds @ k[heads, seen]).mul_(ctx.scale)
             _add_product(dk[heads, seen], ds, q[heads, block], ctx.scale)
             _add_product(dv[heads, seen], p, grad[heads, block], 1.0)
@@ -103,11 +111,15 @@ class _Scores:
         """[heads, block, seen], valid until the next call."""
         q, k = self._q[heads, block], self._k[heads, seen].transpose(1, 2)
         shape = (q.shape[0], q.shape[1], k.shape[2])
-        s = self._scores[: shape[0] * shape[1] * shape[2]].view(shape)
+        s = self._scores[: math.prod(shape)].view(shape)
         torch.baddbmm(s, q, k, beta=0, alpha=self._scale, out=s)
         s[:, :, -shape[1] :] += self._mask[: shape[1], : shape[1]]
         torch.ops.aten._softmax.out(s, -1, False, out=s)
         return s
+
+    def wide(self, kept: torch.Tensor) -> torch.Tensor:
+        """What `softmax` gave, of what was kept of it."""
+        return self._scores[: kept.numel()].view(kept.shape).copy_(kept)
 
 
 def _blocks(queries: Sequence[Range], keys: Sequence[Range], N: int) -> Iterator[tuple[slice, slice, slice]]:
@@ -120,6 +132,10 @@ def _blocks(queries: Sequence[Range], keys: Sequence[Range], N: int) -> Iterator
             together = max(1, SCORES // ((stop - at) * (seen.stop - seen.start)))
             for head in range(0, N, together):
                 yield slice(head, min(head + together, N)), slice(at, stop), seen
+
+
+def _size(block: tuple[slice, slice, slice]) -> int:
+    return math.prod(part.stop - part.start for part in block)
 
 
 def _by_head(x_TND: torch.Tensor) -> torch.Tensor:

@@ -44,8 +44,12 @@ def test_documents_equal_the_masked_formula(attention: Attention, lengths: list[
     _same(attention(q, k, v, pieces, 0.3), reference(q, k, v, bounds, 0.3), [q, k, v], 1e-5)
 
 
+@pytest.mark.parametrize("kept", [0, attention_blocks.KEPT])
 @pytest.mark.parametrize("attention", [_by_blocks, sdpa_by_piece])
-def test_bf16_is_as_near_to_the_formula_as_its_rounding(attention: Attention) -> None:
+def test_bf16_is_as_near_to_the_formula_as_its_rounding(
+    attention: Attention, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention_blocks, "KEPT", kept)
     q, k, v = _qkv(300, 2, 24, 16, torch.bfloat16)
     bounds, pieces = _documents([100, 200])
     _same(attention(q, k, v, pieces, 0.2), reference(q, k, v, bounds, 0.2), [q, k, v], 1e-2)
