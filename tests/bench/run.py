@@ -35,15 +35,17 @@ AT_LEAST = {
     "step_bf16_vs_megatron": 2.0,
     "step_fp32_matmul_fraction": 0.6,
     "step_bf16_matmul_fraction": 0.6,
-    "checkpoint_vs_dd": 0.7,
+    "checkpoint_save_vs_dd": 0.7,
     "export_vs_dd": 0.7,
     "pack_vs_tokenizers": 0.8,
-    "read_vs_webdataset": 1.0,
+    "read_vs_20m_tokens_a_second": 1.0,
+    "read_vs_webdataset_decoded": 1.0,
+    "read_vs_webdataset_bare_bytes": 1.0,
 }
 AT_MOST = {
     "step_rss_vs_transformers": 0.7,
-    "checkpoint_stall": 0.1,
-    "export_rss": 1.0,
+    "checkpoint_async_stall": 0.1,
+    "export_peak_memory": 1.0,
     "help_seconds": 1.0,
     "demo_first_step_seconds": 1.0,
 }
