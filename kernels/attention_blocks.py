@@ -37,7 +37,7 @@ def blocked_attention(
 
     Ranges are [start, end); those of queries follow one another and cover all Q.
     """
-    out: torch.Tensor = _Blocked.apply(q_QND, k_KND, v_KNE, tuple(queries), tuple(keys), scale)
+    out: torch.Tensor = _Blocked.apply(q_QND, k_KND, v_KNE, tuple(queries), tuple(keys), scale, torch.is_grad_enabled())
     return out
 
 
@@ -51,6 +51,7 @@ class _Blocked(torch.autograd.Function):
         queries: tuple[Range, ...],
         keys: tuple[Range, ...],
         scale: float,
+        backward: bool,
     ) -> torch.Tensor:
         ctx.save_for_backward(q_QND, k_KND, v_KNE)
         ctx.queries, ctx.keys, ctx.scale = queries, keys, scale
@@ -59,7 +60,7 @@ class _Blocked(torch.autograd.Function):
         out_QNE = v_KNE.new_empty(q_QND.shape[0], *v_KNE.shape[1:])
         out, v = out_QNE.transpose(0, 1), _by_head(v_KNE)
         blocks = list(_blocks(queries, keys, q_QND.shape[1]))
-        keep = v_KNE.dtype != scores.dtype and any(ctx.needs_input_grad) and sum(map(_size, blocks)) <= KEPT
+        keep = backward and v_KNE.dtype != scores.dtype and sum(map(_size, blocks)) <= KEPT
         ctx.kept = []
         for heads, block, seen in blocks:
             p = scores.softmax(heads, block, seen)
@@ -90,7 +91,7 @@ class _Blocked(torch.autograd.Function):
             dq[heads, block] = (ds @ k[heads, seen]).mul_(ctx.scale)
             _add_product(dk[heads, seen], ds, q[heads, block], ctx.scale)
             _add_product(dv[heads, seen], p, grad[heads, block], 1.0)
-        return dq_QND, dk.transpose(0, 1).to(k.dtype), dv.transpose(0, 1).to(v.dtype), None, None, None
+        return dq_QND, dk.transpose(0, 1).to(k.dtype), dv.transpose(0, 1).to(v.dtype), None, None, None, None
 
 
 class _Scores:

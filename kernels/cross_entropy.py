@@ -29,7 +29,7 @@ def linear_cross_entropy(
     part, to be summed over the group. Labels are of the whole vocabulary. Where the weight has Megatron-core's
     `main_grad`, backward adds its gradient there (see `kernels/experts_loop.py`).
     """
-    out: torch.Tensor = _LinearCrossEntropy.apply(hidden_TH, weight_VH, labels_T, group)
+    out: torch.Tensor = _LinearCrossEntropy.apply(hidden_TH, weight_VH, labels_T, group, torch.is_grad_enabled())
     return out
 
 
@@ -41,13 +41,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight_VH: torch.Tensor,
         labels_T: torch.Tensor,
         group: dist.ProcessGroup | None,
+        backward: bool,
     ) -> torch.Tensor:
         T, V = hidden_TH.shape[0], weight_VH.shape[0]
         first = V * group.rank() if group is not None else 0
         at_T = labels_T - first
         mine_T = (at_T >= 0) & (at_T < V)
         at_T = at_T.clamp(0, V - 1)
-        keep = hidden_TH.dtype in (torch.bfloat16, torch.float16) and any(ctx.needs_input_grad)
+        keep = backward and hidden_TH.dtype in (torch.bfloat16, torch.float16)
         kept_TV = hidden_TH.new_empty(T, V) if keep else None
         buffer = _buffer(hidden_TH, V)
         most_T, sum_T, label_T = (buffer.new_empty(T) for _ in range(3))
@@ -92,11 +93,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             torch.mm(kept_TV, weight_VH, out=dhidden_TH)
             torch.mm(kept_TV.T, hidden_TH, out=dweight)
         if total is None:
-            return dhidden_TH, dweight, None, None
+            return dhidden_TH, dweight, None, None, None
         if not direct:
             total.add_(dweight)
         weight_VH.grad_added_to_main_grad = True
-        return dhidden_TH, torch.empty_like(weight_VH), None, None
+        return dhidden_TH, torch.empty_like(weight_VH), None, None, None
 
 
 def _over_group(log_sum_T: torch.Tensor, label_T: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

@@ -92,7 +92,7 @@ class _Routed(torch.autograd.Function):
         rounded: _Rounded = ctx.rounded
         grad_TH = grad_TH.contiguous()
         total, (H, F), most = rounded.tokens.numel(), w2.shape[1:], max(rounded.sizes, default=0)
-        dw1, dw2 = _WeightGradient(w1), _WeightGradient(w2)
+        dw1, dw2 = (_WeightGradient(w, needed) for w, needed in zip((w1, w2), ctx.needs_input_grad[1:3], strict=True))
         dx_all, dprobs = x_TH.new_empty(total, H), torch.empty(total, dtype=torch.float32, device=x_TH.device)
         x_most, g_most, dh_most = (x_TH.new_empty(most, size) for size in (H, H, 2 * F))
         buffers = [x_TH.new_empty(most, F) for _ in range(4)]
@@ -121,24 +121,26 @@ class _Routed(torch.autograd.Function):
 class _WeightGradient:
     """The gradient of a weight of all experts, summed where Megatron-core's DDP collects it, if it does."""
 
-    def __init__(self, weight: torch.Tensor) -> None:
+    def __init__(self, weight: torch.Tensor, needed: bool) -> None:
         self._weight = weight
-        self._total: torch.Tensor | None = getattr(weight, "main_grad", None)
-        if self._total is None:
-            self._own = torch.zeros_like(weight)
-        elif self._total.dtype != weight.dtype:
-            self._part = weight.new_empty(weight.shape[1:])
+        collected: torch.Tensor | None = getattr(weight, "main_grad", None) if needed else None
+        self._collected = collected is not None
+        self._total = torch.zeros_like(weight) if needed and collected is None else collected
+        other_type = self._total is not None and self._total.dtype != weight.dtype
+        self._part = weight.new_empty(weight.shape[1:]) if other_type else None
 
     def add(self, expert: int, left: torch.Tensor, right: torch.Tensor) -> None:
-        if self._total is None:
-            torch.mm(left, right, out=self._own[expert])
-        elif self._total.dtype == left.dtype:
+        """Add left right to the expert's."""
+        if self._total is None:  # a frozen weight
+            return
+        if self._part is None:
             self._total[expert].addmm_(left, right)
         else:
             self._total[expert].add_(torch.mm(left, right, out=self._part))
 
-    def done(self) -> torch.Tensor:
-        if self._total is None:
-            return self._own
+    def done(self) -> torch.Tensor | None:
+        """What backward returns for the weight."""
+        if not self._collected:
+            return self._total
         self._weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
         return torch.empty_like(self._weight)

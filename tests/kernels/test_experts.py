@@ -70,6 +70,13 @@ def test_weight_gradients_are_added_where_ddp_collects_them(dtype: torch.dtype) 
         torch.testing.assert_close(weight.main_grad, 1 + gradient.float(), **loose)  # type: ignore[attr-defined]
 
 
+def test_frozen_weights_get_no_gradient() -> None:
+    x, w1, w2, probs = _inputs(10, torch.float32)
+    w1.requires_grad_(False), w2.requires_grad_(False)
+    grouped_swiglu(x, w1, w2, torch.tensor([3, 0, 5, 2]), probs).sum().backward()
+    assert w1.grad is None and w2.grad is None and x.grad is not None
+
+
 def test_an_expanded_gradient_is_accepted() -> None:
     x, w1, w2 = torch.randn(4, 16), torch.randn(2, 16, 16, requires_grad=True), torch.randn(2, 16, 8)
     grouped_swiglu(x, w1, w2, torch.tensor([1, 3]), torch.ones(4)).sum().backward()
