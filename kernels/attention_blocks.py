@@ -53,7 +53,6 @@ class _Blocked(torch.autograd.Function):
         scale: float,
         backward: bool,
     ) -> torch.Tensor:
-        ctx.save_for_backward(q_QND, k_KND, v_KNE)
         ctx.queries, ctx.keys, ctx.scale = queries, keys, scale
         scores = _Scores(_by_head(q_QND), _by_head(k_KND), scale)
         low = scores.buffer(v_KNE.dtype)
@@ -61,18 +60,19 @@ class _Blocked(torch.autograd.Function):
         out, v = out_QNE.transpose(0, 1), _by_head(v_KNE)
         blocks = list(_blocks(queries, keys, q_QND.shape[1]))
         keep = backward and v_KNE.dtype != scores.dtype and sum(map(_size, blocks)) <= KEPT
-        ctx.kept = []
+        kept = []
         for heads, block, seen in blocks:
             p = scores.softmax(heads, block, seen)
             if keep:
-                ctx.kept.append(p := p.to(v.dtype))
+                kept.append(p := p.to(v.dtype))
             out[heads, block] = _cast(p, low) @ v[heads, seen]
+        ctx.save_for_backward(q_QND, k_KND, v_KNE, *kept)
         return out_QNE
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_QNE: torch.Tensor) -> Any:
-        q_QND, k_KND, v_KNE = ctx.saved_tensors
+        q_QND, k_KND, v_KNE, *kept = ctx.saved_tensors
         q, k, v, grad = (_by_head(x) for x in (q_QND, k_KND, v_KNE, grad_QNE))
         scores = _Scores(q, k, ctx.scale)
         dq_QND = torch.empty_like(q_QND, memory_format=torch.contiguous_format)
@@ -81,13 +81,13 @@ class _Blocked(torch.autograd.Function):
         d_scores = scores.buffer(scores.dtype)
         p_low, ds_low = (scores.buffer(q.dtype) for _ in range(2)) if q.dtype != scores.dtype else (d_scores, d_scores)
         for at, (heads, block, seen) in enumerate(_blocks(ctx.queries, ctx.keys, q.shape[0])):
-            p = scores.wide(ctx.kept[at]) if ctx.kept else scores.softmax(heads, block, seen)
+            p = scores.wide(kept[at]) if kept else scores.softmax(heads, block, seen)
             dp, dp_low = (x[: p.numel()].view(p.shape) for x in (d_scores, ds_low))
             torch.bmm(grad[heads, block], v[heads, seen].transpose(1, 2), out=dp_low)
             if ds_low is not d_scores:
                 dp.copy_(dp_low)
             torch.ops.aten._softmax_backward_data.out(dp, p, -1, dp.dtype, grad_input=dp)
-            p, ds = ctx.kept[at] if ctx.kept else _cast(p, p_low), _cast(dp, ds_low)
+            p, ds = kept[at] if kept else _cast(p, p_low), _cast(dp, ds_low)
             dq[heads, block] = (ds @ k[heads, seen]).mul_(ctx.scale)
             _add_product(dk[heads, seen], ds, q[heads, block], ctx.scale)
             _add_product(dv[heads, seen], p, grad[heads, block], 1.0)

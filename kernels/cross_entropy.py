@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 CHUNK = 1 << 21  # logits at once (8 MB in fp32)
+CHUNK_GPU = 1 << 27  # the same on a GPU (512 MB): every chunk reads all of the weight, from memory that is no cache
 
 
 def linear_cross_entropy(
@@ -52,7 +53,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         kept_TV = hidden_TH.new_empty(T, V) if keep else None
         buffer = _buffer(hidden_TH, V)
         most_T, sum_T, label_T = (buffer.new_empty(T) for _ in range(3))
-        for rows in _chunks(T, V):
+        for rows in _chunks(hidden_TH, V):
             logits = _logits(hidden_TH[rows], weight_VH, buffer, kept_TV[rows] if kept_TV is not None else None)
             torch.amax(logits, -1, out=most_T[rows])
             label_T[rows] = logits.gather(1, at_T[rows, None])[:, 0]
@@ -68,15 +69,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_T: torch.Tensor) -> Any:
         hidden_TH, weight_VH, at_T, mine_T, log_sum_T, kept_TV = ctx.saved_tensors
-        T, V = hidden_TH.shape[0], weight_VH.shape[0]
+        V = weight_VH.shape[0]
         dhidden_TH = torch.empty_like(hidden_TH)
-        total = getattr(weight_VH, "main_grad", None)
-        if direct := total is not None and total.dtype == hidden_TH.dtype:
-            dweight = total
-        else:
-            dweight = torch.zeros_like(weight_VH)
+        total: Any = getattr(weight_VH, "main_grad", None) if ctx.needs_input_grad[1] else None
+        # In bf16 one matmul over all tokens writes its output, and does not add to it.
+        direct = total is not None and total.dtype == hidden_TH.dtype and kept_TV is None
+        dweight = total if direct else torch.zeros_like(weight_VH)
         buffer = _buffer(hidden_TH, V)
-        for rows in _chunks(T, V):
+        for rows in _chunks(hidden_TH, V):
             if kept_TV is None:
                 logits = _logits(hidden_TH[rows], weight_VH, buffer, None)
             else:
@@ -123,16 +123,17 @@ def _logits(
 
 def _buffer(hidden_TH: torch.Tensor, V: int) -> torch.Tensor:
     wide = torch.float64 if hidden_TH.dtype == torch.float64 else torch.float32
-    return torch.empty(min(hidden_TH.shape[0], _rows(V)), V, dtype=wide, device=hidden_TH.device)
+    return torch.empty(min(hidden_TH.shape[0], _rows(V, hidden_TH.device)), V, dtype=wide, device=hidden_TH.device)
 
 
-def _rows(V: int) -> int:
-    return max(1, CHUNK // V)
+def _rows(V: int, device: torch.device) -> int:
+    return max(1, (CHUNK if device.type == "cpu" else CHUNK_GPU) // V)
 
 
-def _chunks(T: int, V: int) -> Iterator[slice]:
-    for at in range(0, T, _rows(V)):
-        yield slice(at, min(at + _rows(V), T))
+def _chunks(hidden_TH: torch.Tensor, V: int) -> Iterator[slice]:
+    T, rows = hidden_TH.shape[0], _rows(V, hidden_TH.device)
+    for at in range(0, T, rows):
+        yield slice(at, min(at + rows, T))
 
 
 def reference(hidden_TH: torch.Tensor, weight_VH: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:

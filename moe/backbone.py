@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
@@ -189,10 +190,28 @@ def _layer_specs(config: BackboneConfig, backend: Any, scale: StepScale) -> tupl
     return dense, layer(partial(ExpertLayer, submodules=ours))
 
 
+class TokenLoss(torch.nn.Module):
+    """Cross-entropy of each token by the head's weight, without the logits of all of them.
+
+    A module without weights of its own, so that what must be done before the head's are read can be hooked to it.
+    """
+
+    def forward(
+        self, head: torch.nn.Module, hidden_TH: torch.Tensor, labels_T: torch.Tensor, group: dist.ProcessGroup
+    ) -> torch.Tensor:
+        """Losses [T], of `hidden_TH` of all the group's tokens."""
+        weight_VH: torch.Tensor = head.weight  # type: ignore[assignment]
+        return linear_cross_entropy(hidden_TH, weight_VH, labels_T, group)
+
+
 class Backbone(GPTModel):
     """Megatron-core's GPTModel that takes packed rows and gives the loss of every token at every depth."""
 
     scale: StepScale
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.token_loss = TokenLoss()
 
     def _preprocess(self, input_ids: torch.Tensor, position_ids: torch.Tensor, **kwargs: Any) -> Any:
         return super()._preprocess(input_ids=input_ids[:1], position_ids=position_ids, **kwargs)
@@ -232,11 +251,11 @@ class Backbone(GPTModel):
         return torch.stack(outs)
 
     def _loss(self, hidden_T1H: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
-        """Cross-entropy of each token, without the logits of all of them."""
         group = self.pg_collection.tp
         if self.config.sequence_parallel:
             hidden_T1H = gather_from_sequence_parallel_region(hidden_T1H, group=group)
-        return linear_cross_entropy(hidden_T1H.squeeze(1), self.output_layer.weight, labels_T, group)
+        losses_T: torch.Tensor = self.token_loss(self.output_layer, hidden_T1H.squeeze(1), labels_T, group)
+        return losses_T
 
 
 def build(config: BackboneConfig, vp_stage: int | None = None, pp_rank: int | None = None) -> Backbone:

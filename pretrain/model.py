@@ -111,21 +111,23 @@ def build(config: Config, mesh: Mesh) -> Model:
         chunks[0].config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
     if ddp.overlap_param_gather:
         for chunk in chunks:
-            _gather_experts_with_their_layer(chunk)
+            _wait_for_weights_read_from_outside(chunk)
     return Model(chunks)
 
 
-def _gather_experts_with_their_layer(chunk: DistributedDataParallel) -> None:
-    """Let an expert layer wait for its experts' weights: it may read them without calling the module that holds them.
+def _wait_for_weights_read_from_outside(chunk: DistributedDataParallel) -> None:
+    """Let expert layers wait for their experts' weights, and the loss for the head's.
 
-    Megatron-core's DDP waits where a module is called for the weights that are its own.
+    They may read them without calling the module that holds them, and Megatron-core's DDP waits where a module is
+    called for the weights that are its own.
     """
 
-    def wait(layer: MoELayer, arguments: object) -> None:
-        del arguments
-        for parameter in layer.experts.parameters():
+    def wait(holder: torch.nn.Module) -> None:
+        for parameter in holder.parameters():
             chunk.param_to_bucket_group[parameter].finish_param_sync()
 
     for module in chunk.modules():
         if isinstance(module, MoELayer):
-            module.register_forward_pre_hook(wait)
+            module.register_forward_pre_hook(lambda layer, arguments: wait(layer.experts))
+        elif isinstance(module, backbone.TokenLoss):
+            module.register_forward_pre_hook(lambda loss, arguments: wait(arguments[0]))

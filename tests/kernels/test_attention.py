@@ -55,6 +55,15 @@ def test_bf16_is_as_near_to_the_formula_as_its_rounding(
     _same(attention(q, k, v, pieces, 0.2), reference(q, k, v, bounds, 0.2), [q, k, v], 1e-2)
 
 
+def test_what_is_kept_of_the_softmax_goes_with_the_rest_that_backward_saved() -> None:
+    """By autograd, which frees it after backward, and lets a checkpoint keep nothing."""
+    q, k, v = _qkv(300, 2, 24, 16, torch.bfloat16)
+    sizes: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+        _by_blocks(q, k, v, _documents([100, 200])[1], 0.2)
+    assert sum(sizes) > q.numel() + k.numel() + v.numel() + 2 * (100 * 100 + 200 * 200) // 2
+
+
 def test_scores_that_do_not_fit_the_buffer_take_fewer_heads_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = _qkv(300, 5, 12, 8)
     bounds, pieces = _documents([300])

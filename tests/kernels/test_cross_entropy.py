@@ -8,9 +8,9 @@ from perilune.kernels.cross_entropy import linear_cross_entropy, reference
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("collected", [False, True])
+@pytest.mark.parametrize("collected", [None, torch.float32, torch.bfloat16])
 def test_chunks_equal_pytorch_in_values_and_gradients(
-    dtype: torch.dtype, collected: bool, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, collected: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cross_entropy, "CHUNK", 3 * 50)  # three tokens
     generator = torch.Generator().manual_seed(0)
@@ -21,18 +21,29 @@ def test_chunks_equal_pytorch_in_values_and_gradients(
     theirs = reference(hidden, weight, labels)
     dhidden, dweight = torch.autograd.grad(theirs, (hidden, weight), upstream)
     if collected:
-        weight.main_grad = torch.ones_like(weight, dtype=torch.float32)  # type: ignore[attr-defined]
+        weight.main_grad = torch.ones_like(weight, dtype=collected)  # type: ignore[attr-defined]
     ours = linear_cross_entropy(hidden, weight, labels)
     ours.backward(upstream)
-    close = {"atol": 0.05, "rtol": 0.02} if dtype is torch.bfloat16 else {"atol": 1e-5, "rtol": 1e-5}
+    close = {"atol": 0.05, "rtol": 0.02} if torch.bfloat16 in (dtype, collected) else {"atol": 1e-5, "rtol": 1e-5}
     assert ours.dtype == torch.float32
     torch.testing.assert_close(ours, theirs, **close)
     torch.testing.assert_close(hidden.grad, dhidden, **close)
     if collected:
         assert weight.grad_added_to_main_grad  # type: ignore[attr-defined]
-        torch.testing.assert_close(weight.main_grad, 1 + dweight.float(), **close)  # type: ignore[attr-defined]
+        torch.testing.assert_close(weight.main_grad.float(), 1 + dweight.float(), **close)  # type: ignore[attr-defined]
     else:
         torch.testing.assert_close(weight.grad, dweight, **close)
+
+
+def test_a_frozen_head_collects_no_gradient() -> None:
+    hidden, weight = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4)
+    weight.main_grad = torch.zeros(5, 4)  # type: ignore[attr-defined]
+    linear_cross_entropy(hidden, weight, torch.tensor([0, 4, 2])).sum().backward()
+    assert hidden.grad is not None and not weight.main_grad.any()  # type: ignore[attr-defined]
+
+
+def test_a_chunk_on_a_gpu_is_large_enough_for_its_matmul() -> None:
+    assert cross_entropy._rows(129280, torch.device("cuda")) >= 512
 
 
 def test_large_logits_do_not_overflow() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import gloo_ranks
 import pytest
 import torch
 
@@ -47,3 +48,10 @@ def test_overlap_gives_the_same_steps_bitwise(ep: int, gather: bool, workers: Wo
         assert one.steps[0].loss != one.steps[-1].loss
         for mine, theirs in zip(one.weights, other.weights, strict=True):
             assert mine[:3] == theirs[:3] and (mine[3] == theirs[3]).all(), mine[0]
+
+
+def test_no_weight_is_read_before_it_is_gathered(workers: Workers) -> None:
+    """With buckets of one weight each, as a large head or a layer's experts have: no other module waits for them."""
+    overlap = Parallel(overlap_grad_reduce=True, overlap_param_gather=True)
+    config = replace(fixture.config("base"), parallel=overlap)
+    assert workers.run(1, gloo_ranks.not_gathered, config, fixture.batches("base", fixture.ROWS // 4)[0]) == [[]]

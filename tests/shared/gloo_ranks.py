@@ -1,8 +1,9 @@
-"""What the processes of tests/parallel/test_cpu.py and test_validation.py do."""
+"""What the processes of tests/parallel/test_cpu.py, test_overlap.py and test_validation.py do."""
 
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -40,3 +41,22 @@ def validate(config: Config, batches: list[tuple[PackedBatch, int]]) -> tuple[fl
     mesh = rules.mesh_of(config, dist.get_world_size())
     meshes.start(mesh, timeout_s=60)
     return step.evaluate(models.build(config, mesh), iter(batches), next_token)
+
+
+def not_gathered(config: Config, batch: PackedBatch) -> list[str]:
+    """Weights that a forward has read without waiting until they were gathered, where each has its own bucket."""
+    mesh = rules.mesh_of(config, dist.get_world_size())
+    meshes.start(mesh, timeout_s=60)
+    of_megatron = models.DistributedDataParallelConfig
+    with mock.patch.object(
+        models, "DistributedDataParallelConfig", lambda **options: of_megatron(**(options | {"bucket_size": 1}))
+    ):
+        model = models.build(config, mesh)
+    step.evaluate(model, iter([(batch, 1)]), next_token)
+    (chunk,) = model.chunks
+    group = chunk.param_to_bucket_group
+    return [
+        name
+        for name, parameter in model.bare()[0].named_parameters()
+        if not group[parameter].param_gather_dispatched or group[parameter].param_gather_handle is not None
+    ]
