@@ -100,7 +100,7 @@ import gpu_checks
 def test_small(ours, record):
     found = ours.run("attention", "bf16", (1, 20, 43), 2, 192, 128)
     assert not gpu_checks.outside(found, {"forward": 1e-2, "gradient": 1e-2}), found
-    assert found["operations"], found
+    assert found["implementation"], found
     found = record(ours.run("speed", gpu_checks.bench("tiny", "bf16", 64), 2, 1, 2))
     assert len(found["losses"]) == len(found["step_s"]) == 3 and found["losses"][2] < found["losses"][0]
 """
