@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any
 
 import pytest
+import torch
 
 from perilune.parallel.workers import Workers
 
@@ -25,7 +26,8 @@ class Process:
 
     def __init__(self, *, gpu: bool, te: bool = False) -> None:
         self._gpu, self._te = gpu, te
-        self._pool = Workers(1, threads=4 if gpu else 1, timeout_s=RUN_S)
+        # Where a CPU stands for the GPU, as many threads as the other: batched matmuls round by their number.
+        self._pool = Workers(1, threads=4 if gpu and torch.cuda.is_available() else 1, timeout_s=RUN_S)
 
     def run(self, function: str, *arguments: Any) -> Any:
         """`gpu_ranks.<function>(*arguments)` there.

@@ -9,17 +9,21 @@ Perilune = Any  # the fixture of tests/conftest.py
 
 
 def test_every_policy_keeps_the_gradients_and_saves_memory(perilune: Perilune) -> None:
-    done = perilune("recompute", "tiny", "train.micro_batch_size=4", "optim.name=muon", "--json")  # no step is taken
-    costs = {cost["policy"]: cost for cost in json.loads(done.stdout)}
-    none = costs.pop("none")
-    assert done.returncode == 0 and len(costs) == 10
-    for policy, cost in costs.items():
-        # A norm's gradient has two parts; recomputed, they are added to each other before they meet the residual's.
-        assert cost["gradients"] <= (1e-6 if "layernorm" in policy else 0.0), policy
-        # On a CPU attention and experts keep no more than their inputs anyway, and a depth's peak is its head's.
-        most = 1.02 if policy in ("core_attn", "moe_act", "mtp") else 1.0
-        assert cost["bytes"] < most * none["bytes"], policy
-    assert costs["full"]["bytes"] < 0.7 * none["bytes"]
+    """Of two depths the second is recomputed before the first is needed. On a CPU, attention keeps a softmax in bf16
+    only, and the experts never keep their activations: their policies have nothing to save elsewhere."""
+    words = ["recompute", "tiny", "train.micro_batch_size=4", "model.num_layers=8", "model.num_nextn_predict_layers=2"]
+    for compute in ("fp32", "bf16"):
+        done = perilune(*words, f"precision.compute={compute}", "optim.name=muon", "--json")  # no step is taken
+        costs = {cost["policy"]: cost for cost in json.loads(done.stdout)}
+        none = costs.pop("none")
+        assert done.returncode == 0 and len(costs) == 10
+        nothing_to_save = {"moe_act"} if compute == "bf16" else {"moe_act", "core_attn"}
+        for policy, cost in costs.items():
+            # A norm's gradient has two parts; recomputed, they are added to each other before they meet the residual's.
+            assert cost["gradients"] <= (1e-6 if "layernorm" in policy else 0.0), policy
+            assert policy in nothing_to_save or cost["bytes"] < none["bytes"], policy
+        if compute == "fp32":
+            assert costs["full"]["bytes"] < 0.5 * none["bytes"]
 
 
 def test_a_refusal_names_what_was_asked_for(perilune: Perilune) -> None:
