@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from perilune.pretrain.errors import InputError, Preempted
+from perilune.pretrain.launch_cli import jobs, launch
 
 FAILED, BAD_INPUT, PREEMPTED = 1, 2, 75  # 75: EX_TEMPFAIL of sysexits.h
 
@@ -537,6 +538,9 @@ def demo(ctx: click.Context, run_dir: Path) -> None:
 
     ctx.exit(run(run_dir))
 
+
+main.add_command(launch)
+main.add_command(jobs)
 
 if __name__ == "__main__":
     main()

@@ -118,15 +118,23 @@ def timed(step: Step) -> float:
     return time.perf_counter() - began
 
 
-def matmul_rate(dtype: torch.dtype) -> float:
-    a, b = (torch.randn(2048, 2048).to(dtype) for _ in range(2))
+def matmul_rate(dtype: torch.dtype, size: int = 2048) -> float:
+    a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
     a @ b
     times = []
     for _ in range(5):
         began = time.perf_counter()
         a @ b
         times.append(time.perf_counter() - began)
-    return 2 * 2048**3 / min(times)
+    return 2 * size**3 / min(times)
+
+
+def emulates_bf16() -> bool:
+    """Whether this CPU multiplies bf16 far slower than fp32 (AVX2 alone: 1/20), so that a step would take minutes."""
+    single, half = (matmul_rate(dtype, 256) / 1e9 for dtype in (torch.float32, torch.bfloat16))
+    if slow := half < single / 8:
+        print(f"bf16: not measured, for this CPU multiplies it at {half:.1f} GFLOP/s, fp32 at {single:.0f}", flush=True)
+    return slow
 
 
 def fastest(rival: str, ways: Iterable[tuple[str, Callable[[], Step]]], loss: float, apart: float) -> tuple[str, Step]:
@@ -246,7 +254,7 @@ def main() -> None:
     if arguments.peak:
         peak_memory(arguments.peak, arguments.compute, tokens)
         return
-    computes = [arguments.compute] if arguments.compute else ["fp32", "bf16"]
+    computes = [arguments.compute] if arguments.compute else ["fp32"] if emulates_bf16() else ["fp32", "bf16"]
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, "
           f"megatron-core {version('megatron-core')}, {torch.get_num_threads()} threads, "
           f"{arguments.rows} x {SEQ_LEN} tokens, {time.strftime('%Y-%m-%d')}")  # fmt: skip

@@ -1,0 +1,113 @@
+"""`perilune launch` and `perilune jobs`: a command that is checked here, then given to a launcher as a job."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from perilune.launch.job import Job, JobError
+from perilune.pretrain import config as configs
+from perilune.pretrain import rules
+from perilune.pretrain.errors import InputError
+from perilune.pretrain.schema import Config
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What follows `--`: a `train` with every path absolute, or another command that runs in many processes."""
+
+    arguments: tuple[str, ...]
+    run_dir: Path
+    config: Config | None  # of `train`
+
+
+def asked(arguments: tuple[str, ...]) -> Asked:
+    """Check the command that is to be launched as `perilune` itself would. Raises InputError, click's errors."""
+    from perilune.pretrain.cli import main, train
+
+    name, rest = arguments[0], list(arguments[1:])
+    if name != "train":
+        if name not in main.commands:
+            raise InputError(f"what follows -- is a command of perilune's, as `train demo`; {name!r} is none")
+        stamp = Path("runs") / name
+        return Asked(arguments, stamp.resolve(), None)
+    params = train.make_context("perilune train", rest).params
+    for option, given in (("--nproc", params["nproc"]), ("--dry-run", params["dry_run"])):
+        if given:
+            raise InputError(f"{option} belongs to `perilune launch`, before the --")
+    run_dir = (params["run_dir"] or Path("runs") / params["preset"]).resolve()
+    words = ["train", params["preset"], *params["overrides"], "--run", str(run_dir)]
+    for option in ("config_file", "init_from"):
+        if params[option]:
+            words += [f"--{option.removesuffix('_file').replace('_', '-')}", str(params[option].resolve())]
+    words += ["--profile"] if params["profile"] else []
+    config = configs.resolve(params["preset"], params["overrides"], params["config_file"])
+    return Asked(tuple(words), run_dir, config)
+
+
+def job_of(given: Asked, *, nodes: tuple[int, int], procs_per_node: int, options: dict[str, Any], **more: Any) -> Job:
+    """The job of options that every launcher has, its layout checked. Raises InputError."""
+    fewest, most = nodes
+    world = most * procs_per_node
+    worlds: tuple[int, ...] = ()
+    if given.config is not None:
+        rules.check(given.config, world)
+        counts = [n * procs_per_node for n in range(fewest, most + 1)]
+        worlds = tuple(count for count in counts if _fits(given.config, count))
+    env = dict(pair.partition("=")[::2] for pair in options["env"])
+    try:
+        return Job(
+            given.arguments,
+            given.run_dir,
+            nodes=most,
+            min_nodes=fewest,
+            procs_per_node=procs_per_node,
+            threads=options["threads"] or (given.config.train.threads if given.config else 0),
+            env=env,
+            restarts=options["restarts"],
+            hang_s=options["hang_after"],
+            start_s=options["start_within"],
+            worlds=worlds,
+            **more,
+        )
+    except JobError as error:
+        raise InputError(str(error)) from error
+
+
+def _fits(config: Config, world: int) -> bool:
+    try:
+        rules.check(config, world)
+    except InputError:
+        return False
+    return True
+
+
+def launch_local(**options: Any) -> int:
+    """`perilune launch local`; returns the exit code."""
+    raise NotImplementedError
+
+
+def launch_slurm(**options: Any) -> int:
+    """`perilune launch slurm`; returns the exit code."""
+    raise NotImplementedError
+
+
+def launch_ray(**options: Any) -> int:
+    """`perilune launch ray`; returns the exit code."""
+    raise NotImplementedError
+
+
+def status(run_dir: Path, as_json: bool) -> int:
+    """`perilune jobs status`; returns the exit code."""
+    raise NotImplementedError
+
+
+def logs(run_dir: Path, rank: int | None, lines: int, follow: bool) -> int:
+    """`perilune jobs logs`; returns the exit code."""
+    raise NotImplementedError
+
+
+def cancel(run_dir: Path, now: bool) -> int:
+    """`perilune jobs cancel`; returns the exit code."""
+    raise NotImplementedError
