@@ -107,7 +107,7 @@ def launch_local(ctx: click.Context, **options: Any) -> None:
     click.option("--account", metavar="NAME"),
     click.option("--qos", metavar="NAME"),
     click.option("--exclude", metavar="NODES", help="Nodes not to use, as in node[3,7]."),
-    click.option("--image", default="", metavar="IMAGE", help="Container: a .sif by Apptainer, others by enroot and pyxis."),
+    click.option("--image", default="", metavar="IMAGE", help="Container: a .sif by Apptainer, else by enroot, pyxis."),
     click.option("--mount", "mounts", multiple=True, metavar="SOURCE:TARGET[:ro]", help="Seen in the container."),
     click.option("--site", type=click.Path(dir_okay=False, exists=True, path_type=Path), metavar="FILE",
                  help="YAML of what is particular to the cluster: environment, sbatch options, setup lines."),
