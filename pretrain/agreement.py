@@ -28,7 +28,7 @@ class Ranks:
         dist.all_gather_object(values, value, group=self.group)
         return values
 
-    def everywhere[T](self, action: Callable[[], T], kind: type[Exception], doing: str) -> T:
+    def everywhere[T](self, action: Callable[[], T], kind: Callable[[str], Exception], doing: str) -> T:
         """`action()` of this rank; if it fails on any rank, every rank raises `kind` with the reasons of all."""
         result: T | None = None
         failure: BaseException | None = None
@@ -43,7 +43,7 @@ class Ranks:
             raise kind(f"{doing} failed on rank {', '.join(map(str, where))}: {'; '.join(said)}") from failure
         return result  # type: ignore[return-value]
 
-    def on_first[T](self, action: Callable[[], T], kind: type[Exception], doing: str) -> T:
+    def on_first[T](self, action: Callable[[], T], kind: Callable[[str], Exception], doing: str) -> T:
         """`action()` of rank 0, given to all; if it fails, every rank raises."""
         result = self.everywhere(lambda: action() if self.rank == 0 else None, kind, doing)
         box = [result]

@@ -220,14 +220,13 @@ def init_from(path: Path, model: Model, optimizer: Any | None = None) -> None:
 def _opened(path: Path) -> tuple[dict[str, Any], Any]:
     """(manifest, DCP metadata) of a checkpoint whose every file has the size and hash that its manifest says."""
     doing, ranks = f"loading {path}", Ranks()
+    manifest = ranks.everywhere(lambda: files.read_manifest(path), CheckpointError, doing)
 
-    def check() -> dict[str, Any]:
-        manifest = files.read_manifest(path)
+    def check() -> None:
         mine = files.shares(files.sizes_of(manifest), ranks.size)[ranks.rank]
         files.check_files(path, manifest, mine)
-        return manifest
 
-    manifest = ranks.everywhere(check, CheckpointError, doing)
+    ranks.everywhere(check, lambda text: files.DamagedCheckpoint(path, text), doing)
     if len({files.digest_of(one) for one in ranks.gathered(manifest)}) != 1:
         raise CheckpointError(f"{path} is not the same on all ranks: it must lie on a file system that all share")
     sizes = files.sizes_of(manifest)

@@ -40,6 +40,14 @@ class CheckpointError(InputError):
     """A checkpoint that cannot be used: damaged, not ours, or of another model. The message names the file."""
 
 
+class DamagedCheckpoint(CheckpointError):
+    """A checkpoint of which something is not as it was written: `folder`. The one before it may well be good."""
+
+    def __init__(self, folder: Path, message: str) -> None:
+        super().__init__(message)
+        self.folder = folder
+
+
 class SaveError(OSError):
     """A checkpoint that could not be written, on whichever rank. Those written before are as they were."""
 
@@ -104,13 +112,15 @@ def read_manifest(path: Path) -> dict[str, Any]:
         manifest = json.loads(file.read_bytes())
         version = manifest["format"]
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{file} is damaged: {type(error).__name__}: {error}. {_remedy(path)}") from error
+        raise DamagedCheckpoint(path, f"{file} is damaged: {type(error).__name__}: {error}. {_remedy(path)}") from error
     if isinstance(version, str):  # packed datasets have a file of this name too
         raise CheckpointError(f"{path} is no checkpoint: its {MANIFEST} is of the format {version}")
     if version != FORMAT:
         raise CheckpointError(f"{file} is of format {version}; this perilune reads {FORMAT}. Use the one that wrote it")
     if manifest.pop("sha256", None) != digest_of(manifest):
-        raise CheckpointError(f"{file} is damaged: its content does not have the SHA-256 it states. {_remedy(path)}")
+        raise DamagedCheckpoint(
+            path, f"{file} is damaged: its content does not have the SHA-256 it states. {_remedy(path)}"
+        )
     for name in manifest["files"]:
         if name != os.path.basename(name) or name in ("", ".", "..", MANIFEST):
             raise CheckpointError(f"{file} lists {name!r}, which is not the plain name of a file beside it")
@@ -166,9 +176,9 @@ def check_sizes(path: Path, manifest: dict[str, Any], names: Iterable[str]) -> N
     for name in names:
         file, said = path / name, manifest["files"][name]["bytes"]
         if not file.is_file():
-            raise CheckpointError(f"{file} is missing. {_remedy(path)}")
+            raise DamagedCheckpoint(path, f"{file} is missing. {_remedy(path)}")
         if (size := file.stat().st_size) != said:
-            raise CheckpointError(f"{file} has {size} bytes, the manifest says {said}. {_remedy(path)}")
+            raise DamagedCheckpoint(path, f"{file} has {size} bytes, the manifest says {said}. {_remedy(path)}")
 
 
 def check_files(path: Path, manifest: dict[str, Any], names: Iterable[str]) -> None:
@@ -177,7 +187,9 @@ def check_files(path: Path, manifest: dict[str, Any], names: Iterable[str]) -> N
         check_sizes(path, manifest, [name])
         if describe(path, [name])[name]["sha256"] != manifest["files"][name]["sha256"]:
             file = path / name
-            raise CheckpointError(f"{file} is damaged: its SHA-256 is not the one in the manifest. {_remedy(path)}")
+            raise DamagedCheckpoint(
+                path, f"{file} is damaged: its SHA-256 is not the one in the manifest. {_remedy(path)}"
+            )
 
 
 @contextmanager

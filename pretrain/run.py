@@ -11,7 +11,7 @@ from megatron.core import parallel_state
 from perilune.kernels import attention
 from perilune.parallel import mesh as meshes
 from perilune.parallel import precision
-from perilune.pretrain import checkpoint, model, optimizer, rules
+from perilune.pretrain import checkpoint, model, optimizer, rules, vital_signs
 from perilune.pretrain.checkpoint_saver import Saver
 from perilune.pretrain.data.batch import PackedBatch
 from perilune.pretrain.data.dealing import cost_model
@@ -43,6 +43,7 @@ def run(config: Config, run_dir: Path, world: int, *, init_from: Path | None = N
     depth, vocab_size = config.model.num_nextn_predict_layers, config.model.vocab_size
     stream = open_stream(config.data, config.train.seed, depth=depth, vocab_size=vocab_size,
                          cost=cost_model(config.model), agree=over_all_ranks)  # fmt: skip
+    vital_signs.beat("loading")
     step, state = _position(run_dir, net, optim, stream, init_from)
     plan = Timetable(config, mesh.dp)
     meter = Meter(config, world)
@@ -61,8 +62,10 @@ def run(config: Config, run_dir: Path, world: int, *, init_from: Path | None = N
         trace = Trace(run_dir) if profile else None
         saver = Saver(run_dir / "checkpoints", config)
         stack.callback(saver.close)
+        stack.enter_context(vital_signs.watched())  # before the rest is closed
         bad_in_a_row = 0
         while step < plan.total_steps:
+            vital_signs.beat("step", step, plan.total_steps)
             meter.start()
             todo = plan.at(state.tokens)
             rank, known = parallel_state.get_data_parallel_rank(), len(state.quarantine)
@@ -76,6 +79,7 @@ def run(config: Config, run_dir: Path, world: int, *, init_from: Path | None = N
             step, state = step + 1, stream.advance(state, todo.rows)
             figures = meter.figures(todo)
             if config.valid.every and (step % config.valid.every == 0 or step == plan.total_steps):
+                vital_signs.beat("validating", step)
                 log.validated(*_validate(config, net, stream, mesh.dp))
             log.step(step, state.tokens, result, figures | {"quarantined": len(state.quarantine)})
             bad_in_a_row = bad_in_a_row + 1 if result.skipped else 0
@@ -94,6 +98,7 @@ def run(config: Config, run_dir: Path, world: int, *, init_from: Path | None = N
             every = config.train.save_every
             if step == plan.total_steps or result.stop or (every and step % every == 0):
                 at = {"step": step, "data": state.to_dict()}  # after its line in the metrics, so that none can lack
+                vital_signs.beat("saving", step)
                 net.settle()
                 saver.save(step, net, optim, at)
             if result.stop and step < plan.total_steps:

@@ -10,13 +10,14 @@ from pathlib import Path
 
 from perilune.launch import local
 from perilune.parallel import late_compile
-from perilune.pretrain import checkpoint_files, rules
+from perilune.pretrain import checkpoint_files, rules, vital_signs
 from perilune.pretrain import config as configs
 from perilune.pretrain.data.storage import is_url
 from perilune.pretrain.errors import InputError
 from perilune.pretrain.schema import Config
 
 
+@vital_signs.watched()
 def train_command(
     preset: str,
     overrides: tuple[str, ...],
