@@ -10,7 +10,6 @@ import json
 import os
 import re
 import signal
-import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -106,6 +105,20 @@ def failures(papers: Papers, attempt: int) -> list[Failure]:
     return sorted(found, key=lambda failure: failure.time)
 
 
+def exits_file(papers: Papers, attempt: int) -> Path:
+    """{"first": rank whose end ended the others, "exits": {rank: exit code, not 0}}, where a launcher knows them."""
+    return papers.failures / f"attempt_{attempt:03d}_exits.json"
+
+
+def killed_ranks(papers: Papers, attempt: int) -> list[int]:
+    """Ranks that a launcher saw end by SIGKILL, or another signal that is none of ours."""
+    try:
+        exits = json.loads(exits_file(papers, attempt).read_text())["exits"]
+        return sorted(int(rank) for rank, code in exits.items() if code < 0 and code != -signal.SIGTERM)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []
+
+
 def cause(papers: Papers, attempt: int) -> Failure | None:
     """The failure that the others followed; None where no rank recorded one."""
     found = failures(papers, attempt)
@@ -157,13 +170,15 @@ def _lost(papers: Papers, attempt: int, code: int, left: int, wait: float, final
         return Verdict(False, "refused as bad input; the first rank's log says why", "bad_input", BAD_INPUT)
     lost = [one.rank for one in failures(papers, attempt)]
     number = -code if code < 0 else code - 128 if 128 < code < 160 else 0
+    killed = killed_ranks(papers, attempt)
+    who = f"rank {', '.join(map(str, killed[:8]))}" if killed else "a process"
     if number == signal.SIGKILL:
         how = (
-            "a process was killed by SIGKILL: by somebody, by the kernel because memory was short (`dmesg` says so), "
+            f"{who} was killed by SIGKILL: by somebody, by the kernel because memory was short (`dmesg` says so), "
             "or with its node"
         )
     elif number:
-        how = f"a process was killed by {_signal(number)}"
+        how = f"{who} was killed by {_signal(number)}"
     else:
         how = f"a process ended with exit code {code} and left no record"
     if lost:
@@ -212,11 +227,3 @@ def _signal(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:
         return f"signal {number}"
-
-
-def pause(seconds: float, asked: Any) -> bool:
-    """Sleep, unless somebody asks to stop; whether somebody did."""
-    until = time.monotonic() + seconds
-    while time.monotonic() < until and not asked():
-        time.sleep(min(0.1, max(0.0, until - time.monotonic())))
-    return bool(asked())

@@ -1,127 +1,292 @@
-"""Processes of one run on this machine: started together, watched, and ended together, with none left behind."""
+"""A run on this machine: an agent with its ranks (`launch/agent.py`), started and, if it fails, started again.
+
+    this process (light: it imports no torch)  ->  the agent  ->  the ranks
+
+Each has the kernel kill it when the one before it is gone. The agent and its ranks are in process groups of their own,
+so that Ctrl-C reaches this process alone, which asks the ranks once.
+"""
 
 from __future__ import annotations
 
-import ctypes
+import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import Any
 
-_GRACE_S = 10.0  # after one process failed, the others have this long to end by themselves
-_PREEMPTED = 75
+from perilune.launch.job import Job, JobError, Papers
+from perilune.launch.judge import exits_file
+from perilune.launch.supervise import supervise
+
+_GONE_S = 10.0  # killed processes are waited for this long
+_TAIL = 15  # lines of a failed rank's log that are shown
 
 
-def run(command: Sequence[str], nproc: int, log_dir: Path, threads: int = 0) -> int:
-    """Run `command` in `nproc` processes with RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set.
+def prepare() -> subprocess.Popen[bytes]:
+    """An agent that imports what it needs while the run is still being checked: for `run`, which gives it its order.
 
-    Rank 0 writes its stdout to this terminal; everything else goes to `log_dir/rank_N.log`. SIGTERM and SIGINT are
-    passed on once (the processes write a checkpoint and exit with 75); a second one kills them. Returns 0 if all
-    ended well, 75 if they were preempted, else the code of the first to fail, after the last lines of its log.
+    It ends by itself when this process does, or when its stdin is closed.
     """
-    log_dir.mkdir(parents=True, exist_ok=True)
-    threads = threads or max(1, (os.cpu_count() or 1) // nproc)
-    base = {
-        **os.environ,
-        "WORLD_SIZE": str(nproc),
-        "LOCAL_WORLD_SIZE": str(nproc),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
-        "OMP_NUM_THREADS": str(threads),
-        "PYTHONSAFEPATH": "1",
-        "PYTHONFAULTHANDLER": "1",
-        "PYTHONWARNINGS": os.environ.get("PYTHONWARNINGS", "ignore"),
-    }
+    child = str(Path(__file__).with_name("child.py"))
+    agent = [sys.executable, "-P", "-m", "perilune.launch.agent"]
+    return subprocess.Popen(
+        [sys.executable, "-S", "-P", child, str(os.getpid()), "-", "-", *agent],
+        stdin=subprocess.PIPE,
+        start_new_session=True,
+    )
+
+
+def dismiss(agent: subprocess.Popen[bytes] | None) -> None:
+    """End an agent that is not needed."""
+    if agent is not None and agent.poll() is None:
+        agent.kill()
+        agent.wait()
+        if agent.stdin:
+            agent.stdin.close()
+
+
+def run(job: Job, agent: subprocess.Popen[bytes] | None = None) -> int:
+    """Run `job` on this machine, to its end; returns its exit code, as `supervise` says.
+
+    Rank 0 writes its stdout to this terminal; everything else goes to RUN/logs/rank_N.log. SIGTERM, SIGINT and SIGHUP
+    are passed on once, and the ranks end with a checkpoint and 75; a second one ends them. A rank's failure is told by
+    the last lines of its log; a user's error by its one line. Raises JobError where the run is under way already.
+    """
+    papers = Papers(job.run_dir)
+    attempts: list[_Attempt] = []
+
+    def start(number: int, nodes: int) -> _Attempt:
+        del nodes
+        attempts.append(_Attempt(job, papers, number, agent if number == 0 and agent else prepare()))
+        return attempts[-1]
+
+    def say(text: str) -> None:
+        # Nobody asked for restarts: the failed rank's own lines have said it all, but for a hang, which has none. Nor
+        # is there more to say of what the user must change.
+        if attempts and (attempts[-1].killed or (job.restarts and attempts[-1].code != 2)):
+            print(f"perilune: {text}", file=sys.stderr, flush=True)
+
+    with _asked() as asked:
+        try:
+            _refuse_second(papers)
+            papers.write(job, where())
+            return supervise(job, papers, start, available=lambda: 1, asked=lambda: len(asked), say=say)
+        finally:
+            dismiss(agent)
+            for attempt in attempts:
+                attempt.kill()
+
+
+def describe(job: Job) -> str:
+    """Exactly what `run` starts."""
+    env = {**job.common_env(), **_placement(job)}
+    last = job.nodes * job.procs_per_node - 1
+    given = f"RANK and LOCAL_RANK 0{f' to {last}' if last else ''}, MASTER_PORT a free port, PERILUNE_ATTEMPT from 0"
+    return "\n".join(
+        [
+            f"# {job.procs_per_node} processes on this machine, restarts: {job.restarts}",
+            f"# in {job.folder}",
+            *(f"export {name}={shlex.quote(value)}" for name, value in sorted(env.items())),
+            f"# for each process: {given}",
+            shlex.join(job.command),
+            f"# logs: {papers_logs(job)}/rank_N.log",
+        ]
+    )
+
+
+def papers_logs(job: Job) -> Path:
+    """Where the ranks' logs go."""
+    return Papers(job.run_dir).logs
+
+
+def _placement(job: Job) -> dict[str, str]:
+    """What a rank's environment has besides `common_env`, its rank and the port."""
+    threads = job.threads or max(1, (os.cpu_count() or 1) // job.procs_per_node)
+    found = {"OMP_NUM_THREADS": str(threads), "MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": str(job.procs_per_node)}
+    found["LOCAL_WORLD_SIZE"] = found["WORLD_SIZE"]
+    found["PYTHONWARNINGS"] = os.environ.get("PYTHONWARNINGS", "ignore")
     if sys.platform.startswith("linux"):
-        base.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    children: list[subprocess.Popen[bytes]] = []
-    files: list[IO[bytes]] = []
-    file: IO[bytes]
-    asked = 0
+        found["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
+    return {**found, **job.env}
 
-    def pass_on(number: int, frame: object) -> None:
-        nonlocal asked
-        del number, frame
-        asked += 1
-        for child in children:
-            if child.poll() is None:
-                child.send_signal(signal.SIGTERM if asked == 1 else signal.SIGKILL)
 
-    before = {n: signal.signal(n, pass_on) for n in (signal.SIGTERM, signal.SIGINT)}
+class _Attempt:
+    """An agent with its order, and its ranks. `launch/supervise.py` says what the methods are for."""
+
+    def __init__(self, job: Job, papers: Papers, number: int, agent: subprocess.Popen[bytes]) -> None:
+        self.code: int | None = None
+        self.killed = False
+        self._papers, self._agent = papers, agent
+        self._exits = exits_file(papers, number)
+        self._ranks: dict[int, str] = {}  # process id -> when it started
+        papers.logs.mkdir(parents=True, exist_ok=True)
+        order = {
+            "name": job.name,
+            "nproc": job.procs_per_node,
+            "command": job.command,
+            "env": {**job.common_env(), **_placement(job), "PERILUNE_ATTEMPT": str(number)},
+            "stdout": "@",
+            "logs": str(papers.logs),
+            "log": str(papers.folder / "agent.log"),
+            "exits": str(self._exits),
+            "folder": str(job.folder),
+        }
+        assert agent.stdin is not None
+        try:
+            agent.stdin.write(json.dumps(order).encode() + b"\n")
+            agent.stdin.close()
+        except OSError:  # it has ended: `poll` says how
+            pass
+
+    def poll(self) -> int | None:
+        if self.code is not None:
+            return self.code
+        for pid in _children(self._agent.pid):
+            self._ranks.setdefault(pid, _started(pid))
+        code = self._agent.poll()
+        if code is not None:
+            self._wait_for_ranks()
+            self.code = code
+            if code not in (0, 75) and not self.killed:
+                self._tell(code)
+        return self.code
+
+    def stop(self) -> None:
+        print("perilune: stopping after a checkpoint; asked again, it ends at once", file=sys.stderr, flush=True)
+        if self._agent.poll() is None:
+            self._agent.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        if self.code is not None:
+            return
+        self.killed = True
+        for pid in _children(self._agent.pid):
+            self._ranks.setdefault(pid, _started(pid))
+        self._agent.kill()  # its ranks follow it, the stopped ones too
+        self._agent.wait()
+        self.poll()
+
+    def _wait_for_ranks(self) -> None:
+        """Until the kernel has ended those that the agent left, who may have been killed itself."""
+        until = time.monotonic() + _GONE_S
+        while time.monotonic() < until:
+            left = [pid for pid, started in self._ranks.items() if started and _started(pid) == started]
+            if not left:
+                return
+            time.sleep(0.02)
+
+    def _tell(self, code: int) -> None:
+        """The one line of an error of the user's, or the last lines of a failed rank's log."""
+        try:
+            first = int(json.loads(self._exits.read_text())["first"])
+        except (OSError, ValueError, KeyError):
+            log = self._papers.folder / "agent.log"
+            print(f"perilune: the ranks' agent {ended(code)}; its log: {log}", file=sys.stderr, flush=True)
+            return
+        log = self._papers.logs / f"rank_{first}.log"
+        try:
+            lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError:
+            lines = []
+        if code == 2 and lines:
+            print(lines[-1], file=sys.stderr, flush=True)
+            return
+        print("\n".join(lines[-_TAIL:]), file=sys.stderr)
+        print(f"perilune: rank {first} {ended(code)}; its log: {log}", file=sys.stderr, flush=True)
+
+
+def ended(code: int) -> str:
+    """`was killed by SIGKILL`, `ended with exit code 1`."""
+    if code >= 0:
+        return f"ended with exit code {code}"
     try:
-        for rank in range(nproc):
-            file = (log_dir / f"rank_{rank}.log").open("ab")
-            files.append(file)
-            children.append(
-                subprocess.Popen(
-                    list(command),
-                    env={**base, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                    stdin=subprocess.DEVNULL,
-                    stdout=None if rank == 0 else file,
-                    stderr=file,
-                    preexec_fn=_die_with_parent,
-                )
-            )
-        return _watch(children, log_dir, lambda: asked > 0)
+        return f"was killed by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"was killed by signal {-code}"
+
+
+@contextmanager
+def _asked() -> Iterator[list[int]]:
+    """The signals that asked this process to stop, in the body."""
+    found: list[int] = []
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, lambda number, frame: found.append(number)) for number in numbers}
+    try:
+        yield found
     finally:
-        for child in children:
-            if child.poll() is None:
-                child.kill()
-                child.wait()
-        for file in files:
-            file.close()
-        for n, handler in before.items():
-            signal.signal(n, handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def _watch(children: list[subprocess.Popen[bytes]], log_dir: Path, asked: Callable[[], bool]) -> int:
-    def failures() -> list[tuple[int, int]]:
-        # A process that is asked to stop before it listens for that dies of the signal, which is no failure.
-        well = (None, 0, _PREEMPTED, -signal.SIGTERM, -signal.SIGINT) if asked() else (None, 0, _PREEMPTED)
-        return [(rank, child.returncode) for rank, child in enumerate(children) if child.poll() not in well]
-
-    first: tuple[int, int] | None = None  # (rank, exit code) of the first to fail
-    deadline = float("inf")
-    while any(child.poll() is None for child in children):
-        if first is None and (failed := failures()):
-            first, deadline = failed[0], time.monotonic() + _GRACE_S
-        if time.monotonic() > deadline:
-            for child in children:
-                if child.poll() is None:
-                    child.kill()
-        time.sleep(0.05)
-    first = first or next(iter(failures()), None)
-    if first is None:
-        return _PREEMPTED if any(child.returncode for child in children) else 0
-    rank, code = first
-    _tell(rank, code, log_dir / f"rank_{rank}.log")
-    return code if code > 0 else 1
+# --- a run of another process: `perilune jobs` --------------------------------------------------------------------
 
 
-def _tell(rank: int, code: int, log: Path) -> None:
-    """The one line of an error of the user's, or the last lines of a failure."""
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    if code == 2 and lines:
-        print(lines[-1], file=sys.stderr)
+def where() -> dict[str, Any]:
+    """What is kept of this process, to find it again."""
+    pid = os.getpid()
+    return {"launcher": "local", "host": socket.gethostname(), "boot": _boot(), "pid": pid, "started": _started(pid)}
+
+
+def state(where: dict[str, Any]) -> str:
+    """`running`, `ended`, or that it is on another machine."""
+    if where.get("host") != socket.gethostname():
+        return f"on {where.get('host')}, which cannot be asked from here"
+    return "running" if _is_there(where) else "ended"
+
+
+def cancel(where: dict[str, Any], now: bool) -> None:
+    """Ask the launcher to end the run: with a checkpoint, or `now`. Raises JobError where it does not run here."""
+    if state(where) != "running":
+        raise JobError(f"the run does not run here: {state(where)}; there is nothing to cancel")
+    os.kill(where["pid"], signal.SIGTERM)
+    if now:
+        os.kill(where["pid"], signal.SIGINT)  # two of one kind could become one
+
+
+def _is_there(where: dict[str, Any]) -> bool:
+    """Whether that very process runs: a process id is used again, one with the time of its start in one boot is not."""
+    return bool(where["started"]) and where.get("boot") == _boot() and _started(int(where["pid"])) == where["started"]
+
+
+def _refuse_second(papers: Papers) -> None:
+    try:
+        _, other = papers.read()
+    except JobError:
         return
-    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-    print("\n".join(lines[-15:]), file=sys.stderr)
-    print(f"perilune: rank {rank} {how}; its log: {log}", file=sys.stderr)
+    if other.get("launcher") == "local" and other.get("pid") != os.getpid() and state(other) == "running":
+        raise JobError(
+            f"{papers.run_dir} is being trained already, by process {other['pid']}: wait, end it by `perilune jobs "
+            f"cancel {papers.run_dir}`, or name another --run"
+        )
 
 
-def _die_with_parent() -> None:
-    """Linux: the kernel kills this process when its parent is gone, so that a killed launcher leaves no orphan."""
-    if sys.platform.startswith("linux"):
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+def _started(pid: int) -> str:
+    """When a process started, in ticks since the boot; empty if there is none, or only what its parent has not read."""
+    try:
+        fields: Sequence[str] = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if fields[0] in ("Z", "X") else fields[19]
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def _children(pid: int) -> list[int]:
+    try:
+        return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+def _boot() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""

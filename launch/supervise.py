@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from perilune.launch.job import PREEMPTED, Job, Papers
-from perilune.launch.judge import Verdict, begin, judge, note, pause
+from perilune.launch.judge import Verdict, begin, judge, note
 from perilune.launch.watch import Hang, Watch
 
 __all__ = ["Attempt", "Hang", "Verdict", "Watch", "judge", "note", "supervise"]
@@ -154,3 +154,11 @@ def _conclude(papers: Papers, attempt: int, code: int, verdict: Verdict, say: Ca
         return
     note(papers, "gave_up", why=verdict.why, **about)
     say(f"giving up: {verdict.why}")
+
+
+def pause(seconds: float, asked: Callable[[], int]) -> bool:
+    """Sleep, unless somebody asks to stop; whether somebody did."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until and not asked():
+        time.sleep(min(0.1, max(0.0, until - time.monotonic())))
+    return bool(asked())

@@ -171,7 +171,7 @@ def jobs() -> None:
 @click.pass_context
 def jobs_status(ctx: click.Context, run_dir: Path, as_json: bool) -> None:
     """Where it is, its state there, its step, restarts, and which rank is behind."""
-    from perilune.pretrain.launch_command import status
+    from perilune.pretrain.jobs_command import status
 
     ctx.exit(status(run_dir, as_json))
 
@@ -184,7 +184,7 @@ def jobs_status(ctx: click.Context, run_dir: Path, as_json: bool) -> None:
 @click.pass_context
 def jobs_logs(ctx: click.Context, run_dir: Path, rank: int | None, lines: int, follow: bool) -> None:
     """The last lines of its logs, those of a rank that failed first."""
-    from perilune.pretrain.launch_command import logs
+    from perilune.pretrain.jobs_command import logs
 
     ctx.exit(logs(run_dir, rank, lines, follow))
 
@@ -195,6 +195,45 @@ def jobs_logs(ctx: click.Context, run_dir: Path, rank: int | None, lines: int, f
 @click.pass_context
 def jobs_cancel(ctx: click.Context, run_dir: Path, now: bool) -> None:
     """End it: with a checkpoint, so that the same launch continues it, or --now."""
-    from perilune.pretrain.launch_command import cancel
+    from perilune.pretrain.jobs_command import cancel
 
     ctx.exit(cancel(run_dir, now))
+
+
+@jobs.command("watch", short_help="For scripts: wait until some rank hangs.")
+@click.argument("run_dir", metavar="RUN", type=RUN)
+@click.option("--attempt", type=click.IntRange(min=0), default=0, show_default=True, metavar="N",
+              help="PERILUNE_ATTEMPT of its processes.")  # fmt: skip
+@click.option("--processes", type=COUNT, metavar="N", help="[default: all of the job's]")
+@click.pass_context
+def jobs_watch(ctx: click.Context, run_dir: Path, attempt: int, processes: int | None) -> None:
+    """Watch the heartbeats of a run that is under way: exit code 0 once every rank is done, 3 if some rank gives no
+    sign of life for the job's limit, after a line that names it and where the others wait. It ends nothing.
+    """
+    from perilune.pretrain.jobs_command import watch
+
+    ctx.exit(watch(run_dir, attempt, processes))
+
+
+@jobs.command("judge", short_help="For scripts: would another attempt end better?")
+@click.argument("run_dir", metavar="RUN", type=RUN)
+@click.option("--code", type=int, required=True, metavar="N", help="With which the attempt ended; -N: by signal N.")
+@click.option(
+    "--attempt",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="PERILUNE_ATTEMPT of its processes.",
+)
+@click.option("--restarts", type=click.IntRange(min=0), metavar="N",
+              help="Counted so far.  [default: as many as the attempt's number]")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+@click.pass_context
+def jobs_judge(ctx: click.Context, run_dir: Path, code: int, attempt: int, restarts: int | None, as_json: bool) -> None:
+    """Say why an attempt ended: exit code 0 if it should be started again, 1 if not. A checkpoint that was found
+    damaged is set aside, so that the next attempt goes on from the one before it.
+    """
+    from perilune.pretrain.jobs_command import judge
+
+    ctx.exit(judge(run_dir, attempt, code, restarts, as_json))

@@ -1,12 +1,13 @@
-"""`perilune launch` and `perilune jobs`: a command that is checked here, then given to a launcher as a job."""
+"""`perilune launch`: a command that is checked here, then given to a launcher as a job."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from perilune.launch.job import Job, JobError
+from perilune.launch.job import Job, JobError, Papers
 from perilune.pretrain import config as configs
 from perilune.pretrain import rules
 from perilune.pretrain.errors import InputError
@@ -20,6 +21,7 @@ class Asked:
     arguments: tuple[str, ...]
     run_dir: Path
     config: Config | None  # of `train`
+    init_from: Path | None = None
 
 
 def asked(arguments: tuple[str, ...]) -> Asked:
@@ -43,7 +45,7 @@ def asked(arguments: tuple[str, ...]) -> Asked:
             words += [f"--{option.removesuffix('_file').replace('_', '-')}", str(params[option].resolve())]
     words += ["--profile"] if params["profile"] else []
     config = configs.resolve(params["preset"], params["overrides"], params["config_file"])
-    return Asked(tuple(words), run_dir, config)
+    return Asked(tuple(words), run_dir, config, params["init_from"])
 
 
 def job_of(given: Asked, *, nodes: tuple[int, int], procs_per_node: int, options: dict[str, Any], **more: Any) -> Job:
@@ -85,7 +87,28 @@ def _fits(config: Config, world: int) -> bool:
 
 def launch_local(**options: Any) -> int:
     """`perilune launch local`; returns the exit code."""
-    raise NotImplementedError
+    from perilune.launch import local
+    from perilune.pretrain import train_command as here
+
+    agent = None if options["dry_run"] else local.prepare()  # it imports what it needs during the checks
+    try:
+        given = asked(options["arguments"])
+        config = given.config and here.ready(given.config)
+        gpus = here.gpus_here()
+        nproc = options["nproc"] or (here.processes_here(config, gpus) if config else max(1, gpus))
+        job = job_of(given, nodes=(1, 1), procs_per_node=nproc, options=options)
+        if options["dry_run"]:
+            print(job.to_json() if options["as_json"] else local.describe(job))
+            return 0
+        if config is not None:
+            here.check_here(config, given.run_dir, nproc, gpus, given.init_from)
+        code = here.start_here(job, agent)
+    finally:
+        local.dismiss(agent)
+    if options["as_json"]:
+        _, where = Papers(job.run_dir).read()
+        print(json.dumps({"job": json.loads(job.to_json()), "where": where, "code": code}))
+    return code
 
 
 def launch_slurm(**options: Any) -> int:
@@ -95,19 +118,4 @@ def launch_slurm(**options: Any) -> int:
 
 def launch_ray(**options: Any) -> int:
     """`perilune launch ray`; returns the exit code."""
-    raise NotImplementedError
-
-
-def status(run_dir: Path, as_json: bool) -> int:
-    """`perilune jobs status`; returns the exit code."""
-    raise NotImplementedError
-
-
-def logs(run_dir: Path, rank: int | None, lines: int, follow: bool) -> int:
-    """`perilune jobs logs`; returns the exit code."""
-    raise NotImplementedError
-
-
-def cancel(run_dir: Path, now: bool) -> int:
-    """`perilune jobs cancel`; returns the exit code."""
     raise NotImplementedError

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import sys
+import subprocess
 from pathlib import Path
 
 from perilune.launch import local
+from perilune.launch.job import Job, JobError
 from perilune.parallel import late_compile
 from perilune.pretrain import checkpoint_files, rules, vital_signs
 from perilune.pretrain import config as configs
@@ -33,39 +34,61 @@ def train_command(
     Under RANK and WORLD_SIZE this process is one of a run that somebody else started, and starts none.
     Raises InputError for what cannot run.
     """
-    config = _with_valid(_absolute(configs.resolve(preset, overrides, config_file)))
-    run_dir = (run_dir or Path("runs") / preset).resolve()
-    gpus = _gpus()
-    started_by_other = _world_of_environment()
-    inside = started_by_other is not None
-    world = started_by_other or nproc or _processes(config, gpus)
-    if dry_run:  # a plan with what is not built yet is shown before it is refused
-        rules.check_fits(config, world)
-        print(describe(config, world, run_dir))
+    inside = _world_of_environment() is not None
+    agent = None if inside or dry_run else local.prepare()  # it imports what it needs during the checks
+    try:
+        config = ready(configs.resolve(preset, overrides, config_file))
+        run_dir = (run_dir or Path("runs") / preset).resolve()
+        gpus = gpus_here()
+        world = _world_of_environment() or nproc or processes_here(config, gpus)
+        if dry_run:  # a plan with what is not built yet is shown before it is refused
+            rules.check_fits(config, world)
+            print(describe(config, world, run_dir))
+            rules.check(config, world)
+            return 0  # the plan may be for another machine
+        check_here(config, run_dir, world, gpus, init_from)
+        if inside:
+            late_compile.import_megatron_core()
+            from perilune.pretrain.run import run
+
+            run(config, run_dir, world, init_from=init_from, profile=profile)
+            return 0
+        again = ["train", preset, *overrides, "--run", str(run_dir)]
+        again += ["--config", str(config_file.resolve())] if config_file else []
+        again += ["--profile"] if profile else []
+        again += ["--init-from", str(init_from.resolve())] if init_from else []
+        job = Job(tuple(again), run_dir, procs_per_node=world, threads=config.train.threads, restarts=0)
+        return start_here(job, agent)
+    finally:
+        local.dismiss(agent)
+
+
+def ready(config: Config) -> Config:
+    """`config` with paths that mean the same in every folder, and its validation set. Raises InputError."""
+    return _with_valid(_absolute(config))
+
+
+def check_here(config: Config, run_dir: Path, world: int, gpus: int, init_from: Path | None) -> None:
+    """Refuse what cannot run before a process of it starts, and make its folder. Raises InputError."""
     rules.check(config, world)
-    if dry_run:  # the plan may be for another machine
-        return 0
     rules.check_machine(config, gpus)
     if init_from is not None:
         checkpoint_files.read_manifest(init_from)  # the rest of it is checked where it is loaded
     _check_data(config)
-    if int(os.environ.get("RANK", "0")) == 0 or not inside:
+    if int(os.environ.get("RANK", "0")) == 0:
         _prepare(config, run_dir)
-    if inside:
-        late_compile.import_megatron_core()
-        from perilune.pretrain.run import run
 
-        run(config, run_dir, world, init_from=init_from, profile=profile)
-        return 0
-    again = [sys.executable, "-m", "perilune.pretrain.cli", "train", preset, *overrides, "--run", str(run_dir)]
-    again += ["--config", str(config_file)] if config_file else []
-    again += ["--profile"] if profile else []
-    again += ["--init-from", str(init_from)] if init_from else []
-    code = local.run(again, world, run_dir / "logs", config.train.threads)
-    if code == 0:
-        print(f"done: {run_dir}\nnext: tensorboard --logdir {run_dir / 'tensorboard'}")
+
+def start_here(job: Job, agent: subprocess.Popen[bytes] | None = None) -> int:
+    """Run `job` on this machine, and say how it ended; returns the exit code. Raises InputError."""
+    try:
+        code = local.run(job, agent)
+    except JobError as error:
+        raise InputError(str(error)) from error
+    if code == 0 and job.arguments[0] == "train":
+        print(f"done: {job.run_dir}\nnext: tensorboard --logdir {job.run_dir / 'tensorboard'}")
     elif code == 75:
-        print(f"preempted; the same command continues from the last checkpoint: {run_dir}")
+        print(f"preempted; the same command continues from the last checkpoint: {job.run_dir}")
     return code
 
 
@@ -152,7 +175,7 @@ def _world_of_environment() -> int | None:
     return int(os.environ["WORLD_SIZE"])
 
 
-def _gpus() -> int:
+def gpus_here() -> int:
     """GPUs that this process could use, without the seconds that importing torch takes where there are none."""
     if not any(Path("/dev").glob("nvidia[0-9]*")):
         return 0
@@ -161,7 +184,7 @@ def _gpus() -> int:
     return torch.cuda.device_count()
 
 
-def _processes(config: Config, gpus: int) -> int:
+def processes_here(config: Config, gpus: int) -> int:
     """Every GPU, or the fewest processes that the degrees need."""
     p = config.parallel
     return gpus or max(1, math.lcm(p.tp * p.cp, p.etp * p.ep) * p.pp)
