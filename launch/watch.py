@@ -69,7 +69,8 @@ class Watch:
         if self._found_at is None:
             self._found_at = now
         stacks = {rank: read_stack(self._papers, rank) for rank in range(self._world)}
-        if any(stack is None for stack in stacks.values()) and now - self._found_at < _STACKS_S:
+        to_come = [rank for rank, stack in stacks.items() if stack is None and not _stopped(self._changed[rank][0])]
+        if to_come and now - self._found_at < _STACKS_S:
             return None
         return self._diagnosis(late, stacks, now)
 
@@ -152,15 +153,16 @@ def read_stack(papers: Papers, rank: int) -> Stack | None:
     frames = [match for line in part.splitlines() if (match := _FRAME.match(line))]
     if not frames:
         return None
-    collective, at = "", frames[0]
-    for index, frame in enumerate(frames):
-        of_torch = "torch/distributed/" in frame["file"] and "elastic" not in frame["file"]
-        if (of_torch or frame["name"] in _WAITS) and frame["name"] not in _OWN_WORK:
-            collective, at = frame["name"], frames[min(index + 1, len(frames) - 1)]
-        elif collective:
-            at = frame
-            break
+    waits = [frame["name"] for frame in frames if _of_torch(frame) or frame["name"] in _WAITS]
+    collective = next((name for name in waits if name not in _OWN_WORK), "")
+    at = frames[0]
+    if collective:  # the caller is what tells
+        at = next((frame for frame in frames if "/torch/" not in frame["file"]), at)
     return Stack(f"{at['name']} ({Path(at['file']).name}:{at['line']})", collective)
+
+
+def _of_torch(frame: re.Match[str]) -> bool:
+    return "torch/distributed/" in frame["file"] and "elastic" not in frame["file"]
 
 
 def _place(beat: dict[str, Any] | None) -> str:

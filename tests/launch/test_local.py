@@ -1,0 +1,342 @@
+"""Runs on this machine, killed, stopped and broken: what comes back, what is given up, and that nothing is left.
+
+Training is the real one. Where only processes matter, the ranks are a few lines of Python, which start at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from perilune.launch.job import Job, JobError, Papers
+from perilune.launch.judge import events
+
+COMMAND = str(Path(sys.executable).with_name("perilune"))
+TIMED = {"tokens_per_s", "mfu", "data_wait_s", "memory"}  # the only figures that may differ between equal runs
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rows of 64 tokens of this repository's own sources."""
+    folder = tmp_path_factory.mktemp("data")
+    sources = str(Path(__file__).parents[2] / "launch")
+    for words in (
+        ["tokenizer", "train", "--out", "tok", "--vocab-size", "512", sources],
+        ["pack", "--out", "packed", "--tokenizer", "tok", "--seq-len", "64", sources],
+    ):
+        subprocess.run([COMMAND, *words], cwd=folder, check=True, timeout=60, stdout=subprocess.DEVNULL)
+    return folder / "packed"
+
+
+@contextmanager
+def started(*words: str, **more: Any) -> Iterator[subprocess.Popen[str]]:
+    """A process in a session of its own, as a terminal's foreground job is; ended with the body."""
+    process = subprocess.Popen(
+        words,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+        **more,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait(20)
+
+
+def finish(process: subprocess.Popen[str], code: int, timeout: float = 180) -> str:
+    out, _ = process.communicate(timeout=timeout)
+    assert process.returncode == code, out
+    return out
+
+
+def until(what: Callable[[], Any], limit_s: float = 120) -> Any:
+    """The first true value of `what()`."""
+    deadline = time.monotonic() + limit_s
+    while time.monotonic() < deadline:
+        if found := what():
+            return found
+        time.sleep(0.02)
+    raise TimeoutError(f"not within {limit_s} s")
+
+
+def children(pid: int) -> list[int]:
+    try:
+        return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+def ranks(launcher: int, count: int = 2) -> list[int]:
+    """Process ids by rank, once all are there."""
+    found = [pid for agent in children(launcher) for pid in children(agent)]
+    return found if len(found) == count else []
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    try:
+        lines = (run / "metrics.jsonl").read_text().split("\n")[:-1]
+    except OSError:
+        return []
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMED} for line in lines]
+
+
+def at_step(run: Path, step: int, attempt: int) -> bool:
+    """Whether attempt number `attempt` has recorded `step`."""
+    beat = run / "launch" / "beats" / "rank_00000.json"
+    if not beat.exists() or json.loads(beat.read_text())["attempt"] != attempt:
+        return False
+    entries = metrics(run)
+    return bool(entries) and entries[-1]["step"] >= step
+
+
+# --- training -----------------------------------------------------------------------------------------------------
+
+
+def test_a_run_with_a_stopped_rank_a_killed_rank_and_a_damaged_checkpoint_equals_one_without(
+    packed: Path, tmp_path: Path
+) -> None:
+    keys = ["tiny", f"data.path={packed}", "parallel.ep=2", "train.steps=12", "train.save_every=2", "valid.every=0"]
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    with started(COMMAND, "train", *keys, "--nproc", "2", "--run", str(whole)) as process:
+        finish(process, 0)
+
+    words = ["launch", "local", "--nproc", "2", "--hang-after", "3", "--", "train", *keys, "--run", str(run)]
+    with started(COMMAND, *words) as process:
+        until(lambda: at_step(run, 3, 0))
+        stopped = until(lambda: ranks(process.pid))
+        os.kill(stopped[1], signal.SIGSTOP)
+        began = time.monotonic()
+        until(lambda: at_step(run, 5, 1))
+        recovered = time.monotonic() - began
+        assert not any(map(alive, stopped)), "a stopped rank survived"
+        killed = until(lambda: ranks(process.pid))
+        os.kill(killed[0], signal.SIGKILL)
+        until(lambda: not any(map(alive, killed)))
+        newest = sorted((run / "checkpoints").glob("step_*"))[-1]
+        _flip_a_bit(max(newest.glob("*.distcp"), key=lambda file: file.stat().st_size))
+        said = finish(process, 0)
+    assert recovered < 90, "hang of 3 s, start of about 10 s"
+    assert metrics(run) == metrics(whole) and len(metrics(whole)) == 12
+
+    restarts = [event for event in events(Papers(run)) if event["event"] == "restart"]
+    assert [event["kind"] for event in restarts] == ["hang", "lost", "bad_checkpoint"]
+    pattern = rf"no sign of life of rank 1 \(\S+, pid {stopped[1]}\) for \d+ s, in phase 'step' after step \d+: "
+    pattern += r"it is stopped \(SIGSTOP\); rank 0 waits in all_\w+, \w+ \(\w+\.py:\d+\)"
+    assert restarts[0]["rank"] == 1 and re.fullmatch(pattern, restarts[0]["why"]), restarts[0]["why"]
+    assert "rank 0 was killed by SIGKILL" in restarts[1]["why"]
+    assert newest.with_name(f"damaged_{newest.name}").is_dir() and f"damaged_{newest.name}" in restarts[2]["why"]
+    assert [event["restarts"] for event in restarts] == [1, 2, 2], "a damaged checkpoint counts for no restart"
+    assert "perilune: rank 0 was killed by SIGKILL; its log: " in said and "done: " in said
+    _check_status(run)
+
+
+def _flip_a_bit(file: Path) -> None:
+    with file.open("r+b") as stream:
+        stream.seek(file.stat().st_size // 2)
+        byte = stream.read(1)[0]
+        stream.seek(-1, os.SEEK_CUR)
+        stream.write(bytes([byte ^ 1]))
+
+
+def _check_status(run: Path) -> None:
+    """`perilune jobs`, after the end."""
+
+    def jobs(*words: str, code: int = 0) -> str:
+        with started(COMMAND, "jobs", *words) as process:
+            return finish(process, code)
+
+    found = json.loads(jobs("status", str(run), "--json"))
+    assert (found["launcher"], found["state"], found["step"], found["steps"]) == ("local", "ended", 12, 12)
+    assert (found["attempt"], found["restarts"], found["last_event"]["event"]) == (3, 3, "done")
+    assert [rank["phase"] for rank in found["ranks"]] == ["done", "done"]
+    table = jobs("status", str(run))
+    assert "12 of 12" in table and "last sign" in table
+    assert "==> " in jobs("logs", str(run)) and "rank_1.log" in jobs("logs", str(run))
+    assert "nothing to cancel" in jobs("cancel", str(run), code=2)
+
+
+def test_a_step_that_fails_the_same_way_twice_is_given_up(packed: Path, tmp_path: Path) -> None:
+    """A weight of the loss so large that every gradient overflows."""
+    keys = ["tiny", f"data.path={packed}", "train.steps=3", "schedule.mtp_weight=1e39", "train.nonfinite_limit=1"]
+    words = ["launch", "local", "--nproc", "1", "--", "train", *keys, "--run", str(tmp_path / "run")]
+    with started(COMMAND, *words) as process:
+        said = finish(process, 1)
+    assert "step 1: non finite: FloatingPointError: 1 steps in a row" in said
+    assert "Attempt 0 failed so too: the run diverges there" in said
+    found = [event["event"] for event in events(Papers(tmp_path / "run"))]
+    assert found == ["attempt", "restart", "attempt", "gave_up"]
+
+
+def test_bad_input_is_one_line_and_no_restart(packed: Path, tmp_path: Path) -> None:
+    words = ["launch", "local", "--nproc", "2", "--", "train", "tiny", f"data.path={packed}", "parallel.tp=3"]
+    with started(COMMAND, *words, "--run", str(tmp_path / "run")) as process:
+        said = finish(process, 2)
+    assert said.startswith("perilune: error: ") and said.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_dry_run_prints_what_would_run(packed: Path, tmp_path: Path) -> None:
+    words = ["launch", "local", "--nproc", "2", "--threads", "3", "--env", "NCCL_DEBUG=INFO", "--dry-run", "--"]
+    words += ["train", "tiny", f"data.path={packed}", "parallel.ep=2", "--run", str(tmp_path / "run")]
+    env = {name: value for name, value in os.environ.items() if name not in ("PYTHONWARNINGS", "GLOO_SOCKET_IFNAME")}
+    with started(COMMAND, *words, cwd=tmp_path, env=env | {"WANDB_API_KEY": "canary"}) as process:
+        said = finish(process, 0)
+    for path, name in ((packed, "DATA"), (tmp_path, "HERE"), (Path(sys.executable), "PYTHON")):
+        said = said.replace(str(path), name)
+    golden = Path(__file__).parent / "golden" / "local.txt"
+    assert said == golden.read_text()
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- processes ----------------------------------------------------------------------------------------------------
+
+RANK = """
+import os, signal, sys, time
+from pathlib import Path
+here, rank, attempt = Path(os.environ["HERE"]), os.environ["RANK"], os.environ["PERILUNE_ATTEMPT"]
+def stop(number, frame):
+    time.sleep(1.0)  # a checkpoint takes longer than a poll
+    (here / f"saved_{rank}").write_text(attempt)
+    sys.exit(75)
+if MODE != "deaf":
+    signal.signal(signal.SIGTERM, stop)
+else:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+(here / f"up_{attempt}_{rank}").write_text(str(os.getpid()))
+print("rank", rank, "of", os.environ["WORLD_SIZE"], "with $HOME ${local_rank}", flush=True)
+if MODE == "first fails" and attempt == "0" and rank == "1":
+    sys.exit(7)
+while not (here / "end").exists():
+    time.sleep(0.02)
+"""
+LAUNCH = "import sys; from perilune.launch import local, job; sys.exit(local.run(job.Job.from_json(sys.argv[1])))"
+
+
+@contextmanager
+def launched(folder: Path, mode: str, restarts: int = 0) -> Iterator[subprocess.Popen[str]]:
+    program = (sys.executable, "-S", "-c", f"MODE = {mode!r}" + RANK)
+    job = Job(("$HOME",), folder, procs_per_node=2, restarts=restarts, program=program, env={"HERE": str(folder)})
+    with started(sys.executable, "-c", LAUNCH, job.to_json()) as process:
+        yield process
+
+
+def up(folder: Path, attempt: int = 0) -> list[int]:
+    """Process ids of both ranks, once they are up."""
+    files = [folder / f"up_{attempt}_{rank}" for rank in (0, 1)]
+    until(lambda: all(file.exists() and file.read_text() for file in files))
+    return [int(file.read_text()) for file in files]
+
+
+def test_a_killed_launcher_takes_its_agent_and_ranks_along(tmp_path: Path) -> None:
+    with launched(tmp_path, "deaf") as process:
+        pids = [*up(tmp_path), *children(process.pid)]
+        assert len(pids) == 3
+        _only_loopback(pids)
+        process.kill()
+        until(lambda: not any(map(alive, pids)), 10)
+
+
+def _only_loopback(pids: list[int]) -> None:
+    """Whatever these processes listen on is 127.0.0.1 or ::1."""
+    inodes = {
+        match[1]
+        for pid in pids
+        for entry in Path(f"/proc/{pid}/fd").iterdir()
+        if entry.is_symlink() and (match := re.fullmatch(r"socket:\[(\d+)\]", os.readlink(entry)))
+    }
+    listening = []
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            words = line.split()
+            if words[3] == "0A" and words[9] in inodes:
+                listening.append(words[1].rpartition(":")[0])
+    assert listening and set(listening) <= {"0100007F", "00000000000000000000000001000000"}, listening
+
+
+def test_a_killed_agent_takes_its_ranks_along_and_is_started_again(tmp_path: Path) -> None:
+    with launched(tmp_path, "", restarts=1) as process:
+        pids = up(tmp_path)
+        os.kill(children(process.pid)[0], signal.SIGKILL)
+        second = up(tmp_path, 1)
+        assert not any(map(alive, pids))
+        (tmp_path / "end").touch()
+        said = finish(process, 0, 30)
+    assert not any(map(alive, second))
+    assert said.count("rank 0 of 2 with $HOME ${local_rank}\n") == 2 and "rank 1" not in said
+    assert "rank 1 of 2" in (tmp_path / "logs" / "rank_1.log").read_text()
+    assert "the ranks' agent was killed by SIGKILL" in said and "Restart 1 of 1 in 1 s" in said
+
+
+def test_exit_code_is_that_of_the_rank_that_failed_first(tmp_path: Path) -> None:
+    with launched(tmp_path, "first fails") as process:
+        said = finish(process, 7, 60)
+    assert "perilune: rank 1 ended with exit code 7; its log: " in said
+    assert (tmp_path / "saved_0").exists(), "the other was asked to end"
+
+
+def test_sigterm_is_passed_on_once_and_a_second_run_is_refused_meanwhile(tmp_path: Path) -> None:
+    with launched(tmp_path, "") as process:
+        up(tmp_path)
+        with launched(tmp_path, "") as other:
+            assert f"is being trained already, by process {process.pid}" in finish(other, 1, 30)
+        process.terminate()
+        said = finish(process, 75, 30)
+    assert (tmp_path / "saved_0").exists() and (tmp_path / "saved_1").exists()
+    assert "stopping after a checkpoint" in said
+
+
+def test_ctrl_c_ends_with_a_checkpoint_and_twice_at_once(tmp_path: Path) -> None:
+    once, twice = tmp_path / "once", tmp_path / "twice"
+    for folder in (once, twice):
+        folder.mkdir()
+    with launched(once, "") as process:
+        up(once)
+        os.killpg(process.pid, signal.SIGINT)
+        finish(process, 75, 30)
+        assert (once / "saved_0").exists() and (once / "saved_1").exists()
+    with launched(twice, "deaf") as process:
+        pids = up(twice)
+        os.killpg(process.pid, signal.SIGINT)
+        time.sleep(1)
+        assert process.poll() is None and all(map(alive, pids))
+        os.killpg(process.pid, signal.SIGINT)
+        finish(process, 1, 30)
+        assert not any(map(alive, pids))
+
+
+def test_cancel_reaches_the_launcher_alone(tmp_path: Path) -> None:
+    from perilune.launch import local
+
+    with launched(tmp_path, "") as process:
+        up(tmp_path)
+        _, where = Papers(tmp_path).read()
+        assert local.state(where) == "running"
+        reused = where | {"started": str(int(where["started"]) + 1)}
+        with pytest.raises(JobError, match="nothing to cancel"):
+            local.cancel(reused, now=True)
+        local.cancel(where, now=False)
+        finish(process, 75, 30)
+    assert local.state(where) == "ended"
+    assert "cannot be asked from here" in local.state(where | {"host": "elsewhere"})
