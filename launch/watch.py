@@ -90,6 +90,8 @@ class Watch:
     def _diagnosis(self, late: list[int], stacks: dict[int, Stack | None], now: float) -> Hang:
         beats = {rank: beat for rank, (beat, _) in self._changed.items()}
         silent = max(now - self._changed[rank][1] for rank in late)
+        # A rank that may be silent for longer, as it is in its first step, may be what the late ones wait for.
+        late = [rank for rank, (_, at) in self._changed.items() if now - at > self._job.hang_s or rank in late]
         culprits, how = self._culprits(late, stacks, beats)
         waiting = {rank: stack for rank, stack in stacks.items() if stack and stack.collective and rank not in culprits}
         steps = [beat["step"] for beat in beats.values() if beat]
