@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from perilune.pretrain.data_cli import FOLDER, FOLDER_THERE, inspect, pack, tokenizer
 from perilune.pretrain.errors import InputError, Preempted
 from perilune.pretrain.launch_cli import jobs, launch
 
@@ -65,8 +66,6 @@ class _CompareCommand(click.Command):
         return super().parse_args(ctx, spread)
 
 
-FOLDER = click.Path(file_okay=False, path_type=Path)
-FOLDER_THERE = click.Path(file_okay=False, exists=True, path_type=Path)
 FILE_THERE = click.Path(dir_okay=False, exists=True, path_type=Path)
 
 
@@ -90,169 +89,43 @@ def main() -> None:
 
 
 @main.command(short_help="What this machine has, what is missing, what that costs.")
+@click.option(
+    "--cluster", is_flag=True, help="The nodes of an allocation, beside one another; run in all its processes."
+)
+@click.option(
+    "--within",
+    type=click.FloatRange(min=1),
+    default=120.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="With --cluster: a process is waited for at the start.",
+)
+@click.option("--below", type=click.FloatRange(0, 1), default=0.7, show_default=True, metavar="PART",
+              help="With --cluster: of the median, under which one is a straggler.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of tables.")
 @click.pass_context
-def doctor(ctx: click.Context, as_json: bool) -> None:
+def doctor(ctx: click.Context, cluster: bool, within: float, below: float, as_json: bool) -> None:
     """Say what this machine has, what is missing, what that costs and what to install.
 
     Imports torch and Megatron-core for real, in a process of its own, and brings up a process group of one: some
     seconds. Exit code 1 if a model cannot be trained here.
+
+    --cluster compares the nodes of an allocation: versions, clocks, the run directory's disk, matrix products,
+    bandwidth within each node and of each pair of them. It names what differs, is slow or does not answer: exit code 1.
+
+    \b
+    Examples:
+      perilune doctor
+      perilune launch slurm --nodes 4 --gpus-per-node 8 -- doctor --cluster
+      torchrun --nproc-per-node 4 --no-python -- perilune doctor --cluster --json
     """
+    if cluster:
+        from perilune.pretrain.doctor_cluster import main as run_cluster
+
+        ctx.exit(run_cluster(as_json, within, below))
     from perilune.pretrain.doctor import main as run
 
     ctx.exit(run(as_json))
-
-
-@main.group()
-def tokenizer() -> None:
-    """Make a tokenizer."""
-
-
-@tokenizer.command("train")
-@click.option(
-    "--out", type=FOLDER, required=True, help="Folder to write; transformers' PreTrainedTokenizerFast loads it."
-)
-@click.option(
-    "--vocab-size", type=click.IntRange(min=1), metavar="N", required=True, help="Tokens, reserved ones included."
-)
-@click.argument("sources", metavar="SRC...", nargs=-1, required=True)
-def tokenizer_train(out: Path, vocab_size: int, sources: tuple[str, ...]) -> None:
-    """Train a byte-level BPE tokenizer on SRC.
-
-    SRC is a file, a folder, a glob (.txt .md .py, .jsonl[.gz|.zst], .parquet), or demo:stdlib, the source of the
-    running Python's standard library. The same sources give the same tokenizer.
-
-    \b
-    Examples:
-      perilune tokenizer train --out tok --vocab-size 4096 demo:stdlib
-      perilune tokenizer train --out tok --vocab-size 65536 'corpus/**/*.jsonl.zst' notes/
-    """
-    from perilune.pretrain.data.tokenizer import train_tokenizer
-
-    click.echo(f"tokenizer: {train_tokenizer(list(sources), out, vocab_size)}")
-
-
-@main.command(short_help="Documents into packed shards.")
-@click.option("--out", type=FOLDER, required=True, help="Folder to write.")
-@click.option("--tokenizer", type=FOLDER_THERE, required=True, help="Folder of `perilune tokenizer train`.")
-@click.option(
-    "--seq-len", type=click.IntRange(min=2), metavar="N", required=True, help="Tokens a row; the run's data.seq_len."
-)
-@click.option(
-    "--valid-fraction",
-    type=click.FloatRange(0.0, 1.0, max_open=True),
-    metavar="PART",
-    default=0.0,
-    show_default=True,
-    help="Part of the documents held out for validation; demo:stdlib has its own held-out files.",
-)
-@click.option(
-    "--shuffle",
-    "shuffle_seed",
-    type=int,
-    metavar="SEED",
-    help="Shuffle rows within a buffer, by this seed; without it, in the sources' order.",
-)
-@click.option(
-    "--buffer-tokens",
-    type=click.IntRange(min=0),
-    metavar="N",
-    default=1 << 25,
-    show_default=True,
-    help="Tokens arranged into rows at once; 0 for all of them, at 0.5 kB of memory a document.",
-)
-@click.option(
-    "--fim-rate",
-    type=click.FloatRange(0.0, 1.0, max_open=True),
-    metavar="PART",
-    default=0.0,
-    show_default=True,
-    help="Part of the text documents rearranged as prefix, suffix, middle (DeepSeek-V3: 0.1); never held-out ones.",
-)
-@click.option(
-    "--patch-limit",
-    type=click.IntRange(min=4),
-    metavar="N",
-    default=4096,
-    show_default=True,
-    help="Patches of an image, above which it is scaled down.",
-)
-@click.option("--max-patches", type=click.IntRange(min=4), metavar="N", help="Image patches a row holds at most.")
-@click.option(
-    "--rows-per-shard",
-    type=click.IntRange(min=1),
-    metavar="N",
-    default=4096,
-    show_default=True,
-    help="Rows a tar file.",
-)
-@click.option(
-    "--workers", type=click.IntRange(min=1), metavar="N", help="Processes that encode and write; all cores if not said."
-)
-@click.argument("sources", metavar="SRC...", nargs=-1, required=True)
-def pack(out: Path, tokenizer: Path, seq_len: int, sources: tuple[str, ...], **options: Any) -> None:
-    """Turn SRC into rows of exactly --seq-len tokens, in WebDataset tar shards.
-
-    SRC is a file, a folder or a glob, here or behind fsspec (s3://, gs://, https://): text (.txt .md .py),
-    .jsonl[.gz|.zst], .parquet, WebDataset .tar of image-text pairs or interleaved documents, a Megatron dataset
-    (.idx beside .bin); or demo:stdlib.
-
-    Documents are cut to fill a row, never padded, and the rows remember where each one begins. Where a part is held out
-    the folder holds `train` and `valid`, and a run that is given `train` finds `valid` beside it. The same command
-    again continues a run that was cut short; what it writes does not depend on --workers.
-
-    \b
-    Examples:
-      perilune pack --out packed --tokenizer tok --seq-len 512 demo:stdlib
-      perilune pack --out packed --tokenizer tok --seq-len 4096 --valid-fraction 0.01 'corpus/*.parquet'
-      perilune pack --out packed --tokenizer tok --seq-len 8192 --max-patches 16384 s3://bucket/pairs/
-    """
-    from perilune.pretrain.data.pack import pack as run
-    from perilune.pretrain.data.pack_report import lines
-
-    done = run(list(sources), out, tokenizer, seq_len, **options)
-    for name, part in done.items():
-        for line in lines(name, part):
-            click.echo(line)
-
-
-@main.command(short_help="What a packed dataset holds; --verify reads all of it.")
-@click.argument("path", metavar="DIR")
-@click.option("--verify", "check", is_flag=True, help="Hash and check every byte; exit code 1 on any damage.")
-@click.option("--sample", type=click.IntRange(min=0), metavar="I", help="Show row I, decoded, document by document.")
-@click.option("--tokenizer", type=FOLDER_THERE, help="Tokenizer's folder.  [default: the one that the dataset names]")
-@click.option("--html", is_flag=True, help="Also write all of it as one page that needs no network.")
-@click.option(
-    "--out", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="[default: DIR/inspect.html]"
-)
-@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of tables.")
-@click.pass_context
-def inspect(
-    ctx: click.Context,
-    path: str,
-    check: bool,
-    sample: int | None,
-    tokenizer: Path | None,
-    html: bool,
-    out: Path | None,
-    as_json: bool,
-) -> None:
-    """Tell what the packed dataset in DIR holds: statistics, mixture, lengths of documents.
-
-    --verify reads every shard: its SHA-256, the CRC-32 of every sample, and whether each row keeps the promises of the
-    format. It names all damage by shard, sample and byte.
-
-    \b
-    Examples:
-      perilune inspect packed/train
-      perilune inspect packed/train --verify
-      perilune inspect packed/train --sample 12 --html --out row.html
-    """
-    from perilune.pretrain.data.inspect_command import inspect_command
-
-    ctx.exit(
-        inspect_command(path, check=check, sample=sample, tokenizer=tokenizer, html=html, out=out, as_json=as_json)
-    )
 
 
 @main.command(cls=_PresetCommand, short_help="Train a preset, or go on with a run.")
@@ -539,8 +412,8 @@ def demo(ctx: click.Context, run_dir: Path) -> None:
     ctx.exit(run(run_dir))
 
 
-main.add_command(launch)
-main.add_command(jobs)
+for command in (tokenizer, pack, inspect, launch, jobs):
+    main.add_command(command)
 
 if __name__ == "__main__":
     main()
