@@ -78,6 +78,11 @@ def children(pid: int) -> list[int]:
     return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+def ranks(pid: int) -> list[int]:
+    """Of a launcher: the children of its agent."""
+    return [rank for agent in children(pid) for rank in children(agent)]
+
+
 def gone(pids: list[int]) -> bool:
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
@@ -103,7 +108,7 @@ def test_killed_stopped_and_resumed_equals_uninterrupted_bitwise(packed: Path, t
     assert "our modules in Megatron-core's local spec" in said and "tensorboard" in said
 
     killed = start(packed, parts)
-    once_at(parts, 6, lambda: os.kill(children(killed.pid)[1], signal.SIGKILL))
+    once_at(parts, 6, lambda: os.kill(ranks(killed.pid)[1], signal.SIGKILL))
     assert "rank 1 was killed by SIGKILL" in finish(killed, 1)
 
     stopped = start(packed, parts)
@@ -114,7 +119,7 @@ def test_killed_stopped_and_resumed_equals_uninterrupted_bitwise(packed: Path, t
 
     orphaned = start(packed, parts)
     pids = []
-    once_at(parts, at + 1, lambda: pids.extend(children(orphaned.pid)))
+    once_at(parts, at + 1, lambda: pids.extend(ranks(orphaned.pid)))
     orphaned.kill()
     orphaned.wait(10)
     assert len(pids) == 2 and gone(pids), "a killed launcher left processes behind"
