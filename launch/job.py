@@ -21,6 +21,7 @@ PREEMPTED, BAD_INPUT = 75, 2  # exit codes of `perilune train`: a checkpoint is 
 SECRET = re.compile(
     r"(?i)(^|_)(token|secret|password|passwd|passphrase|credentials?|(api|access|private|secret)?_?key)($|_)"
 )
+CREDENTIAL = re.compile(r"://[^/@\s]*:[^/@\s]+@")  # in a URL, as of a proxy
 
 
 class JobError(ValueError):
@@ -68,10 +69,11 @@ class Job:
         for name, value in self.env.items():
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) or "\n" in value or "\0" in value:
                 raise JobError(f"env {name!r}: a name has letters, digits and _, a value is one line")
-            if SECRET.search(name):
+            if SECRET.search(name) or CREDENTIAL.search(value):
+                what = "its name is that of" if SECRET.search(name) else "its URL carries"
                 raise JobError(
-                    f"env {name}: its name is that of a secret, which would be written into scripts and records; "
-                    "export it in the environment of the command that submits, and every process inherits it"
+                    f"env {name}: {what} a secret, which would be written into scripts and records; export it in the "
+                    "environment of the command that submits, and every process inherits it"
                 )
 
     @property

@@ -25,7 +25,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from perilune.pretrain import presets
+from perilune.pretrain import presets, secrets
 from perilune.pretrain.errors import InputError
 from perilune.pretrain.schema import Config
 
@@ -56,7 +56,7 @@ def resolve(
     """The configuration of a run: `preset` (or `base` in its place), then `yaml_file`, then `overrides` (`key=value`).
 
     Raises InputError for an unknown preset, a file that cannot be read, an unknown or repeated key, a section where a
-    key is meant, and a value of the wrong type.
+    key is meant, a value of the wrong type, and a URL that carries a credential.
     """
     config = dataclasses.replace(base if base is not None else presets.get(preset), preset=preset)
     if yaml_file is not None:
@@ -65,7 +65,11 @@ def resolve(
         if named != preset:
             raise InputError(f"{yaml_file} is for preset {named!r}, the command names {preset!r}: name the same one")
         config = _replace(config, values)
-    return _replace(config, _parse_overrides(overrides))
+    config = _replace(config, _parse_overrides(overrides))
+    for key, value in _leaf_values(config):
+        texts = [value] if isinstance(value, str) else value if isinstance(value, dict) else []
+        secrets.refuse(key, [text for text in texts if isinstance(text, str)])
+    return config
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -35,8 +35,10 @@ def tokenizer_train(out: Path, vocab_size: int, sources: tuple[str, ...]) -> Non
       perilune tokenizer train --out tok --vocab-size 4096 demo:stdlib
       perilune tokenizer train --out tok --vocab-size 65536 'corpus/**/*.jsonl.zst' notes/
     """
+    from perilune.pretrain import secrets
     from perilune.pretrain.data.tokenizer import train_tokenizer
 
+    secrets.refuse("SRC", sources)
     click.echo(f"tokenizer: {train_tokenizer(list(sources), out, vocab_size)}")
 
 
@@ -115,9 +117,11 @@ def pack(out: Path, tokenizer: Path, seq_len: int, sources: tuple[str, ...], **o
       perilune pack --out packed --tokenizer tok --seq-len 4096 --valid-fraction 0.01 'corpus/*.parquet'
       perilune pack --out packed --tokenizer tok --seq-len 8192 --max-patches 16384 s3://bucket/pairs/
     """
+    from perilune.pretrain import secrets
     from perilune.pretrain.data.pack import pack as run
     from perilune.pretrain.data.pack_report import lines
 
+    secrets.refuse("SRC", sources)  # the rows remember where each document is from
     done = run(list(sources), out, tokenizer, seq_len, **options)
     for name, part in done.items():
         for line in lines(name, part):

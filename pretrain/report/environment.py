@@ -17,7 +17,7 @@ from typing import Annotated, Any, TypedDict
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from perilune.pretrain import doctor
+from perilune.pretrain import doctor, secrets
 from perilune.pretrain.errors import InputError
 
 NAME = "environment.json"
@@ -54,7 +54,7 @@ def environment(world: int, step: int = 0) -> dict[str, Any]:
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "step": step,
         "world_size": world,
-        "command": ["perilune", *sys.argv[1:]],
+        "command": ["perilune", *map(secrets.hidden, sys.argv[1:])],
         "source": _commit(),
         "versions": {name: found for name in ["perilune", *names] if (found := doctor.installed(name)) is not None},
         "python": platform.python_version(),
@@ -68,9 +68,9 @@ def environment(world: int, step: int = 0) -> dict[str, Any]:
         "nccl": ".".join(map(str, torch.cuda.nccl.version())) if gpus else None,
         "gpus": [{"name": gpu.name, "memory_bytes": gpu.total_memory} for gpu in gpus],
         "variables": {
-            key: value
+            key: secrets.hidden(value)
             for key, value in sorted(os.environ.items())
-            if key in VARIABLES or any(key.startswith(prefix) for prefix in PREFIXES)
+            if (key in VARIABLES or any(key.startswith(prefix) for prefix in PREFIXES)) and not secrets.NAME.search(key)
         },
     }
 
