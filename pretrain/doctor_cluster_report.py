@@ -302,7 +302,8 @@ def remarks(cluster: Cluster) -> list[str]:
 
 def _verdict(cluster: Cluster, failures: list[Failure]) -> str:
     if not failures:
-        return f"All {cluster.world} processes on {len(cluster.nodes)} nodes are as they should be."
+        nodes = f"{len(cluster.nodes)} node{'s' if len(cluster.nodes) > 1 else ''}"
+        return f"All {cluster.world} processes on {nodes} are as they should be."
     return f"{len(failures)} thing{'s are' if len(failures) > 1 else ' is'} wrong."
 
 

@@ -67,7 +67,7 @@ def job_of(given: Asked, *, nodes: tuple[int, int], procs_per_node: int, options
             procs_per_node=procs_per_node,
             threads=options["threads"] or (given.config.train.threads if given.config else 0),
             env=env,
-            restarts=options["restarts"],
+            restarts=options["restarts"] if given.config else 0,  # another command leaves nothing to go on from
             hang_s=options["hang_after"],
             start_s=options["start_within"],
             worlds=worlds,

@@ -174,3 +174,14 @@ def test_256_nodes_fit_a_terminal() -> None:
     assert "a cell is 4 nodes" in lines[0] and len(lines) == 66
     assert max(map(len, lines[1:])) < 100
     assert lines[51].split()[1] == "▒" * 64
+
+
+def test_launched_it_finds_its_place_and_a_failure_is_not_tried_again(perilune: Any, tmp_path: Path) -> None:
+    words = ["launch", "local", "--nproc", "2", "--", "doctor", "--cluster", "--json", "--below", "1"]
+    done = perilune(*words, timeout=SECONDS)
+    assert done.returncode == 1, done.stderr  # of two that were measured one is the slower
+    found = json.loads(done.stdout)
+    assert found["world"] == 2 and [len(ranks) for ranks in found["nodes"].values()] == [2]
+    assert all(facts["folder"] == str(tmp_path / "runs" / "doctor") for facts in found["ranks"].values())
+    events = (tmp_path / "runs" / "doctor" / "launch" / "events.jsonl").read_text().splitlines()
+    assert [json.loads(line)["event"] for line in events].count("attempt") == 1
