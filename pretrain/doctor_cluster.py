@@ -193,9 +193,18 @@ class _Process:
         self.store.set(keys[self.rank], json.dumps(facts()))
         with contextlib.suppress(RuntimeError):  # in time, or not
             self.store.wait(keys, timedelta(seconds=within))
-        missing = [rank for rank, key in enumerate(keys) if not self.store.check([key])]
+        missing = self._absent(keys)
         decided: list[int] = json.loads(self.store.compare_set("roll", "", json.dumps(missing)))
         return decided
+
+    def _absent(self, keys: list[str], first: int = 0) -> list[int]:
+        """Numbers of the keys that are not there, from `first` on; by halves, as thousands of keys are mostly there."""
+        if self.store.check(keys):
+            return []
+        if len(keys) == 1:
+            return [first]
+        half = len(keys) // 2
+        return [*self._absent(keys[:half], first), *self._absent(keys[half:], first + half)]
 
     def _read(self, stage: str, ranks: list[int]) -> list[Any]:
         return [json.loads(text) for text in self.store.multi_get([f"{stage}/{rank}" for rank in ranks])]
@@ -216,7 +225,7 @@ class _Process:
             keys = [f"{stage}/{rank}" for rank in range(self.world)]
             with contextlib.suppress(RuntimeError):
                 self.store.wait(keys, timedelta(seconds=limit))
-            silent = [rank for rank, key in enumerate(keys) if not self.store.check([key])]
+            silent = self._absent(keys)
             self.store.set(f"{stage}/done", json.dumps(silent))
             values = [] if silent else self._read(stage, list(range(self.world)))
         else:
