@@ -22,6 +22,7 @@ setup(
         "perilune.pretrain.report": ["*.html", "*.css", "*.js"],
         "perilune.pretrain.parity": ["*.html"],
         "perilune.pretrain.data": ["*.html"],
+        "perilune.launch": ["*.j2"],
     },
     install_requires=[
         "torch>=2.11",

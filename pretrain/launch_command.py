@@ -113,7 +113,61 @@ def launch_local(**options: Any) -> int:
 
 def launch_slurm(**options: Any) -> int:
     """`perilune launch slurm`; returns the exit code."""
-    raise NotImplementedError
+    from perilune.launch import slurm, slurm_script
+    from perilune.pretrain import train_command as here
+
+    given = asked(options["arguments"])
+    if given.config is not None:
+        here.ready(given.config)
+    gpus = options["gpus_per_node"]
+    more: dict[str, Any] = {"gpus_per_node": gpus, "image": options["image"], "mounts": tuple(options["mounts"])}
+    more |= {"program": ("perilune",)} if options["image"] else {}
+    try:
+        job = job_of(
+            given,
+            nodes=options["nodes"],
+            procs_per_node=options["procs_per_node"] or gpus or 1,
+            options=options,
+            time_s=slurm_script.seconds(options["time_limit"]),
+            **more,
+        )
+        placement = slurm_script.Placement(
+            per=options["per"],
+            signal_before=options["signal_before"],
+            partition=options["partition"] or "",
+            account=options["account"] or "",
+            qos=options["qos"] or "",
+            exclude=options["exclude"] or "",
+            chain=options["chain"],
+            sweep=slurm_script.parse_sweep(options["sweep"]),
+            site=slurm_script.Site.read(options["site"]) if options["site"] else slurm_script.Site(),
+        )
+        if placement.sweep:
+            _check_sweep(options["arguments"], given, slurm.runs_of(job, placement), job.world)
+        file = (options["script"] or Papers(job.run_dir).folder / "job.sh").resolve()
+        if options["dry_run"]:
+            print(
+                slurm.record(job, placement, file, []) if options["as_json"] else slurm.describe(job, placement, file)
+            )
+            return 0
+        numbers = slurm.submit(job, placement, file)
+    except JobError as error:
+        raise InputError(str(error)) from error
+    if options["as_json"]:
+        print(slurm.record(job, placement, file, numbers))
+    else:
+        print(f"submitted: job {', '.join(numbers)}, by {file}\nnext: perilune jobs status {job.run_dir}")
+    return 0
+
+
+def _check_sweep(arguments: tuple[str, ...], given: Asked, runs: list[Job], world: int) -> None:
+    """Refuse a value that the run could not start with. Raises InputError."""
+    if given.config is None:
+        raise InputError("--sweep adds key=value to `train`; another command takes none")
+    for run in runs:
+        config = asked(run.arguments).config
+        assert config is not None
+        rules.check(config, world)
 
 
 def launch_ray(**options: Any) -> int:

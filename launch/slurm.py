@@ -1,0 +1,167 @@
+"""A run as a Slurm job: its script (`launch/slurm_script.py`) written and submitted, asked about and cancelled."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from perilune.launch import slurm_script
+from perilune.launch.job import Job, JobError, Papers
+from perilune.launch.slurm_script import Placement
+
+_WAIT_S = 60.0  # for an answer of Slurm's
+_ENDED = {"COMPLETED": "done", "CANCELLED": "cancelled", "TIMEOUT": "failed", "FAILED": "failed", "NODE_FAIL": "failed"}
+
+
+def runs_of(job: Job, placement: Placement) -> list[Job]:
+    """The job of each run: one, or one a task of a sweep, each with its own run directory."""
+    if not placement.sweep:
+        return [job]
+    found = []
+    at = job.arguments.index("--run")
+    rest = (*job.arguments[:at], *job.arguments[at + 2 :])
+    for folder, words in slurm_script.tasks_of(placement.sweep):
+        run = job.run_dir / folder
+        found.append(dataclasses.replace(job, arguments=(*rest, *words, "--run", str(run)), run_dir=run))
+    return found
+
+
+def describe(job: Job, placement: Placement, file: Path) -> str:
+    """Exactly what `submit` writes and runs."""
+    lines = [f"# {file}", slurm_script.script(job, placement, file).rstrip("\n"), "", "# submitted by:"]
+    lines += ["# " + subprocess.list2cmdline(words) for words in slurm_script.commands(placement, file)]
+    return "\n".join(lines)
+
+
+def submit(job: Job, placement: Placement, file: Path) -> list[str]:
+    """Write the script and submit it; returns the job numbers. Raises JobError with what Slurm said."""
+    for one in runs_of(job, placement):
+        _refuse_second(Papers(one.run_dir))
+    text = slurm_script.script(job, placement, file)
+    (job.run_dir / "launch").mkdir(parents=True, exist_ok=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    new = file.with_suffix(".new")
+    new.write_text(text, encoding="utf-8")
+    new.chmod(0o755)
+    os.replace(new, file)
+    for one in runs_of(job, placement):  # before the job can start
+        Papers(one.run_dir).write(one, {"launcher": "slurm", "jobs": []})
+        (Papers(one.run_dir).folder / "outcome").unlink(missing_ok=True)
+    numbers: list[str] = []
+    try:
+        for words in slurm_script.commands(placement, file):
+            words = [word.replace("afterany:JOB", f"afterany:{numbers[-1]}") if numbers else word for word in words]
+            numbers.append(_slurm(words).split(";")[0].strip())
+    finally:
+        if numbers:
+            for index, one in enumerate(runs_of(job, placement)):
+                names = [f"{number}_{index}" for number in numbers] if placement.sweep else numbers
+                Papers(one.run_dir).write(one, {"launcher": "slurm", "jobs": names})
+    if placement.sweep:  # so that `perilune jobs` can be asked about all of them together
+        Papers(job.run_dir).write(job, {"launcher": "slurm", "jobs": numbers})
+    return numbers
+
+
+def state(where: dict[str, Any]) -> str:
+    """`running`, `pending (REASON)`, `done`, `failed`, ... of its newest job that is not waiting, as Slurm says it."""
+    jobs = [str(number) for number in where.get("jobs", [])]
+    if not jobs:
+        return "not submitted"
+    try:
+        live = _queue(jobs)
+    except JobError as error:
+        return f"unknown: {error}"
+    for word in ("RUNNING", "COMPLETING", "PENDING"):
+        for _, kind, reason in live:
+            if kind == word:
+                return "running" if word != "PENDING" else f"pending ({reason})"
+    for number in reversed(jobs):
+        ended = _ended(number)
+        if ended:
+            return ended
+    return "ended"
+
+
+def cancel(where: dict[str, Any], now: bool) -> None:
+    """Take back what waits, and end what runs: with a checkpoint, or `now`. Raises JobError where nothing is there."""
+    jobs = [str(number) for number in where.get("jobs", [])]
+    live = _queue(jobs) if jobs else []
+    if not live:
+        raise JobError(f"Slurm has no job {', '.join(jobs) or 'of this run'} that waits or runs; nothing to cancel")
+    waiting = [number for number, kind, _ in live if kind in ("PENDING", "REQUEUED")]
+    running = [number for number, kind, _ in live if number not in waiting]
+    if waiting:
+        _slurm(["scancel", *waiting])
+    if running:
+        _slurm(["scancel", *([] if now else ["--signal=TERM", "--batch"]), *running])
+
+
+def _refuse_second(papers: Papers) -> None:
+    try:
+        _, other = papers.read()
+    except JobError:
+        return
+    if other.get("launcher") == "slurm" and (is_there := state(other)).startswith(("running", "pending")):
+        raise JobError(
+            f"{papers.run_dir} has Slurm's job {', '.join(other['jobs'])}, {is_there}: wait, end it by `perilune jobs "
+            f"cancel {papers.run_dir}`, or name another --run"
+        )
+
+
+def _queue(jobs: list[str]) -> list[tuple[str, str, str]]:
+    """(number, state, reason) of those that Slurm still has to do with."""
+    text = ""
+    for number in jobs:  # together, one that Slurm has forgotten would hide the others
+        try:
+            text += _slurm(["squeue", "--noheader", "--array", f"--jobs={number}", "--format=%i|%T|%r"])
+        except JobError as error:
+            if "Invalid job id" not in str(error):
+                raise
+    rows = [line.split("|") for line in text.splitlines() if line.count("|") == 2]
+    over = ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL")
+    return [(row[0], row[1], row[2]) for row in rows if row[1] not in over]
+
+
+def _ended(number: str) -> str:
+    """How a job ended: from the accounting, or for some minutes from the controller; empty if neither knows."""
+    for words, mark in (
+        (["sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={number}", "--format=State"], ""),
+        (["scontrol", "--oneliner", "show", "job", number], "JobState="),
+    ):
+        try:
+            text = _slurm(words)
+        except JobError:
+            continue
+        found = text.partition(mark)[2] if mark else text
+        if found.split():
+            return _ENDED.get(found.split()[0], found.split()[0].lower())
+    return ""
+
+
+def _slurm(words: list[str]) -> str:
+    """The stdout of one of Slurm's commands. Raises JobError with its stderr."""
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=_WAIT_S, check=False)
+    except FileNotFoundError as error:
+        raise JobError(
+            f"{words[0]} is not here: submit from a host of the cluster, or look at --dry-run anywhere"
+        ) from error
+    except subprocess.TimeoutExpired as error:
+        raise JobError(f"{words[0]} gave no answer within {_WAIT_S:g} s: ask `sinfo` whether Slurm is up") from error
+    if done.returncode != 0:
+        said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
+        raise JobError(f"{words[0]}: {said}")
+    return done.stdout
+
+
+def record(job: Job, placement: Placement, file: Path, numbers: list[str]) -> str:
+    """The JSON of --json."""
+    runs = [{"run": str(one.run_dir), "job": json.loads(one.to_json())} for one in runs_of(job, placement)]
+    found = {"job": json.loads(job.to_json()), "runs": runs, "script": str(file), "jobs": numbers}
+    if not numbers:
+        found |= {"text": slurm_script.script(job, placement, file), "commands": slurm_script.commands(placement, file)}
+    return json.dumps(found, indent=2)
