@@ -43,6 +43,7 @@ class _Signs:
         self.folder, self.rank = folder, rank
         self.attempt = int(os.environ.get("PERILUNE_ATTEMPT", "0"))
         self.hang_s = float(os.environ.get("PERILUNE_HANG_S", "600"))
+        self.start_s = _start_s(folder)
         self.phase, self.step, self.total, self.first = "", 0, 0, -1
         self.recorded = False
         self._written = 0.0
@@ -73,7 +74,7 @@ class _Signs:
         self._arm()
 
     def _arm(self) -> None:
-        """Unless it is called again within `hang_s`, a thread without the interpreter's lock writes the stacks."""
+        """Unless it is called again in time, a thread without the interpreter's lock writes the stacks."""
         if self._stacks is None:
             with suppress(OSError):
                 file = self.folder / "stacks" / f"rank_{self.rank:05d}.txt"
@@ -83,7 +84,9 @@ class _Signs:
             if self._stacks.tell() or os.fstat(self._stacks.fileno()).st_size:
                 os.ftruncate(self._stacks.fileno(), 0)  # it got on after all
                 os.lseek(self._stacks.fileno(), 0, os.SEEK_SET)
-            faulthandler.dump_traceback_later(self.hang_s, file=self._stacks)
+            # Not before the launcher would end the process: to read the stacks of threads that run can crash it.
+            begun = 0 <= self.first < self.step
+            faulthandler.dump_traceback_later(self.hang_s if begun else self.start_s, file=self._stacks)
 
     def failed(self, error: BaseException) -> None:
         """Record why this process ends; the first error alone."""
@@ -174,6 +177,14 @@ def classify(error: BaseException, training: bool) -> tuple[str, dict[str, Any]]
     if type(error).__name__ in ("DistNetworkError", "DistStoreError") or any(words in text for words in _PEER):
         return "lost_peer", {}
     return "error", {}
+
+
+def _start_s(folder: Path) -> float:
+    """How long the launched job may take to its first step, in seconds."""
+    try:
+        return float(json.loads((folder / "job.json").read_text())["start_s"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 1800.0
 
 
 def _where(error: BaseException) -> str:
