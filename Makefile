@@ -12,11 +12,11 @@ PACKAGES := pretrain parallel moe vision kernels launch
 export OMP_NUM_THREADS ?= 1
 export PYTHONSAFEPATH := 1
 
-.PHONY: help install demo test bench lint browser
+.PHONY: help install demo test bench lint tools
 
 help:
 	@echo "make demo      install, then make a tokenizer and shards, train, stop, resume and validate a small model"
-	@echo "make test      install (chromium too, as root on Debian), then lint, types, import layers and tests (no GPU)"
+	@echo "make test      install (chromium and Slurm too, as root on Debian), then lint, types, import layers and tests (no GPU)"
 	@echo "make bench     install, then every measurement beside its rivals: one table, and bench.json (best on a quiet machine)"
 	@echo "make install   .venv with Perilune (editable) and what its tests need; PYTHON=python3.12 chooses the interpreter"
 	@echo "make lint      install, then ruff, mypy and import-linter alone"
@@ -27,19 +27,24 @@ install: .venv/.installed
 demo: install
 	$(BIN)/perilune demo
 
-test: lint browser
+test: lint tools
 	$(BIN)/python -m pytest -q
 
 bench: install
 	$(BIN)/python tests/bench/run.py
 
-# The report is looked at by a real browser; where none can be had, those tests are skipped.
-browser:
-	@command -v chromedriver >/dev/null || { \
-	    [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && echo "Installing chromium for the report's tests" && \
-	    { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends \
-	        chromium chromium-driver; } >/dev/null 2>&1; \
-	} || echo "no chromium and chromedriver here: the report's tests in a browser are skipped"
+# The report is looked at by a real browser, and jobs run on a real Slurm; where one cannot be had, its tests are skipped.
+tools:
+	@wanted=""; \
+	command -v chromedriver >/dev/null || wanted="chromium chromium-driver"; \
+	command -v slurmctld >/dev/null && command -v slurmd >/dev/null && command -v munged >/dev/null && \
+	    command -v sbatch >/dev/null || wanted="$$wanted slurmctld slurmd munge slurm-client"; \
+	[ -z "$$wanted" ] || { \
+	    [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && echo "Installing for tests:" $$wanted && \
+	    { apt-get -qq update && for package in $$wanted; do \
+	        DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends $$package; \
+	    done; } >/dev/null 2>&1; \
+	} || echo "not all of $$wanted can be had here: the tests that need them are skipped"
 
 lint: install
 	$(BIN)/ruff check

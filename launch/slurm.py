@@ -129,14 +129,16 @@ def _queue(jobs: list[str]) -> list[tuple[str, str, str]]:
 def _ended(number: str) -> str:
     """How a job ended: from the accounting, or for some minutes from the controller; empty if neither knows."""
     for words, mark in (
-        (["sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={number}", "--format=State"], ""),
+        (["sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={number}", "--format=State,ExitCode"], ""),
         (["scontrol", "--oneliner", "show", "job", number], "JobState="),
     ):
         try:
             text = _slurm(words)
         except JobError:
             continue
-        found = text.partition(mark)[2] if mark else text
+        if "ExitCode=75:0" in text or "|75:0" in text:
+            return "ended with a checkpoint"
+        found = text.partition(mark)[2] if mark else text.replace("|", " ")
         if found.split():
             return _ENDED.get(found.split()[0], found.split()[0].lower())
     return ""

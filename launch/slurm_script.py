@@ -6,6 +6,7 @@ import difflib
 import itertools
 import re
 import shlex
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,7 @@ def seconds(text: str | None) -> int:
 
 def parse_sweep(pairs: tuple[str, ...]) -> tuple[tuple[str, tuple[str, ...]], ...]:
     """KEY=V1,V2 of each --sweep; a value in [] or {} may hold commas. Raises JobError."""
-    found = []
+    found: list[tuple[str, tuple[str, ...]]] = []
     for pair in pairs:
         key, is_pair, values = pair.partition("=")
         parts = tuple(re.findall(r"(?:[^,\[\]{}]|\[[^\]]*\]|\{[^}]*\})+", values))
@@ -149,7 +150,7 @@ def script(job: Job, placement: Placement, file: Path) -> str:
     site = placement.site
     program = job.program
     arguments = job.arguments
-    sweep = [(shlex.quote(folder), shlex.join(words)) for folder, words in tasks_of(placement.sweep)]
+    sweep = [(shlex.quote(folder), _words(words)) for folder, words in tasks_of(placement.sweep)]
     if placement.sweep:
         at = arguments.index("--run")
         arguments = arguments[:at] + arguments[at + 2 :]
@@ -169,8 +170,8 @@ def script(job: Job, placement: Placement, file: Path) -> str:
         sbatch=_sbatch_lines(job, placement),
         sweep=sweep,
         run=shlex.quote(str(job.run_dir)),
-        command=shlex.join([*program, *arguments]),
-        program=shlex.join(program),
+        command=_words([*program, *arguments]),
+        program=_words(program),
         procs=job.procs_per_node,
         node_counts=" ".join(map(str, counts)),
         restarts=job.restarts,
@@ -180,8 +181,8 @@ def script(job: Job, placement: Placement, file: Path) -> str:
         site=_comment(site.file),
         kind=_kind(job.image),
         image=job.image,
-        step=shlex.join([*_options(site.srun), *(_pyxis(job) if _kind(job.image) == "pyxis" else [])]),
-        inside=shlex.join(_apptainer(job) if _kind(job.image) == "Apptainer" else []),
+        step=_words([*_options(site.srun), *(_pyxis(job) if _kind(job.image) == "pyxis" else [])]),
+        inside=_words(_apptainer(job) if _kind(job.image) == "Apptainer" else []),
         per=placement.per,
         tasks=each,
         gpus=gpus,
@@ -197,6 +198,11 @@ def commands(placement: Placement, file: Path) -> list[list[str]]:
     for _ in range(1, placement.chain):
         found.append(["sbatch", "--parsable", "--dependency=afterany:JOB", str(file), "continue"])
     return found
+
+
+def _words(words: Iterable[str]) -> str:
+    """As `shlex.join`, with quotes also where a reader, or shellcheck, could take a comma for a separator."""
+    return " ".join(f"'{word}'" if "," in word and shlex.quote(word) == word else shlex.quote(word) for word in words)
 
 
 def _comment(text: str) -> str:

@@ -1,0 +1,291 @@
+"""Slurm: what is written, by golden files and with hostile values; what happens, on a real Slurm of two nodes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import slurm_cluster
+from packed_rows import lognormal_lengths, packed_lengths, random_rows, write_dataset
+
+from perilune.launch import slurm_script
+from perilune.launch.job import Job, JobError
+from perilune.launch.slurm_script import Placement, Site
+
+GOLDEN = Path(__file__).with_name("golden")
+TIMED = {"tokens_per_s", "mfu", "data_wait_s", "memory"}
+STEPS = 12
+TRAIN = ["train", "tiny", "parallel.ep=2", f"train.steps={STEPS}", "train.save_every=3", "valid.every=0"]
+SITE = """\
+env:
+  NCCL_SOCKET_IFNAME: ib0
+  NCCL_IB_HCA: mlx5_0,mlx5_1
+sbatch:
+  constraint: h100
+  exclusive: true
+srun:
+  mpi: pmix
+setup:
+  - module load cuda/13.0
+"""
+CASES = {
+    "small": (["--threads", "4", "--time", "01:00:00"], {}),
+    "large": (
+        ["--nodes", "6-8", "--gpus-per-node", "8", "--time", "1-00:00:00", "--partition", "gpu",
+         "--exclude", "node[3,7]", "--image", "/images/perilune.sif", "--mount", "/data:/data:ro",
+         "--site", "site.yaml", "--per", "node"],
+        {"site.yaml": SITE},
+    ),
+    "sweep": (["--sweep", "optim.lr=1e-3,2e-3", "--sweep", "train.seed=1,2", "--gpus-per-node", "2",
+               "--image", "registry/perilune:1"], {}),
+    "chain": (["--chain", "3", "--time", "12:00:00", "--account", "moon"], {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_dry_run_is_the_script_and_the_commands(name: str, perilune: Any, tmp_path: Path) -> None:
+    """To write the golden files anew: PERILUNE_GOLDEN=write."""
+    options, files = CASES[name]
+    for file, text in files.items():
+        (tmp_path / file).write_text(text)
+    layout = ["parallel.ep=8", "train.global_batch_size=1536"] if name == "large" else []
+    words = ["train", "tiny", "data.path=/data/packed", "valid.every=0", *layout, "--run", "/shared/runs/a"]
+    done = perilune("launch", "slurm", *options, "--dry-run", "--", *words, PERILUNE_TEST_TOKEN="canary-7f3a")
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.replace(sys.executable, "PYTHON").replace(str(tmp_path), "/home/me")
+    assert "canary-7f3a" not in said
+    golden = GOLDEN / f"slurm_{name}.txt"
+    if os.environ.get("PERILUNE_GOLDEN") == "write":
+        golden.write_text(said)
+    assert said == golden.read_text()
+    script = tmp_path / "job.sh"
+    script.write_text(said.split("\n", 1)[1])
+    subprocess.run(["bash", "-n", str(script)], check=True, timeout=20)
+    if shutil.which("shellcheck"):
+        checked = subprocess.run(["shellcheck", str(script)], capture_output=True, text=True, timeout=60, check=False)
+        assert checked.returncode == 0, checked.stdout
+
+
+HOSTILE = [
+    "$(touch pwned)",
+    "`touch pwned`",
+    "a b'c\"d",
+    "*",
+    "; touch pwned #",
+    "-n",
+    "\\",
+    "!x",
+    "~",
+    "${#hosts}",
+    "{# #}",
+]
+
+
+def test_hostile_values_arrive_as_they_are(tmp_path: Path) -> None:
+    run = tmp_path / "a b $(touch pwned)"
+    job = Job(tuple(HOSTILE), run, folder=tmp_path, env={"V": HOSTILE[2] + "$(touch pwned)"},
+              program=("printf", "%s\\n"))  # fmt: skip
+    site = Site("a\nb; touch pwned", env={"W": "; touch pwned"})
+    text = slurm_script.script(job, Placement(site=site), tmp_path / "job.sh")
+    head = text[: text.index("# --- which nodes")]
+    head += '"${command[@]}"; printf "%s\\n" "$V" "$W" "$run"\n'
+    done = subprocess.run(
+        ["bash", "-c", head], cwd=tmp_path, capture_output=True, text=True, timeout=20, check=False,
+        env={"PATH": os.environ["PATH"], "SLURM_CPUS_ON_NODE": "2"},
+    )  # fmt: skip
+    assert done.stdout.splitlines() == [*HOSTILE, job.env["V"], "; touch pwned", str(job.run_dir)], done.stderr
+    assert not list(tmp_path.rglob("pwned"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("enviroment: {A: b}", "did you mean 'env'"),
+        ("env: {HF_TOKEN: abc}", "HF_TOKEN is named like a secret"),
+        ("env: {PROXY: 'http://me:pw@proxy'}", "carries a credential"),
+        ("env: {'A B': c}", "is no name of a variable"),
+        ("sbatch: {constraint: \"a\\nb\"}", "more than one line"),
+        ("- a", "not a list"),
+        ("env: [a]", "a mapping"),
+        ("a: [", "no YAML"),
+    ],
+)  # fmt: skip
+def test_a_site_that_cannot_be_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "site.yaml").write_text(text)
+    with pytest.raises(JobError, match=message):
+        Site.read(tmp_path / "site.yaml")
+
+
+def test_sweeps_and_times_that_cannot_be_are_refused() -> None:
+    assert slurm_script.seconds("1-02:03:04") == 93784 and slurm_script.seconds(None) == 0
+    assert slurm_script.parse_sweep(("a=[1,2],3",)) == (("a", ("[1,2]", "3")),)
+    for bad in ("a", "=1", "a=", "a=1,1"):
+        with pytest.raises(JobError, match="--sweep"):
+            slurm_script.parse_sweep((bad,))
+    for bad in ("12", "1:00", "00:61:00"):
+        with pytest.raises(JobError, match="--time"):
+            slurm_script.seconds(bad)
+    with pytest.raises(JobError, match="have one folder"):
+        slurm_script.tasks_of((("a", ("x/y", "x*y")),))
+
+
+# --- a real one ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[slurm_cluster.Cluster]:
+    if why := slurm_cluster.missing():
+        pytest.skip(why)
+    with slurm_cluster.cluster(tmp_path_factory.mktemp("slurm")) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "train"
+    return write_dataset(folder, random_rows(packed_lengths(lognormal_lengths(64, median=20), 64)[:16], 512), 64, 512)
+
+
+def perilune_on(slurm: slurm_cluster.Cluster, *words: str) -> str:
+    command = [str(Path(sys.executable).with_name("perilune")), *words]
+    done = subprocess.run(command, env=slurm.env, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def launch(slurm: slurm_cluster.Cluster, run: Path, *words: str) -> list[str]:
+    """The job numbers."""
+    site = run.parent / "site.yaml"
+    site.write_text("env: {GLOO_SOCKET_IFNAME: lo}\n")
+    said = perilune_on(
+        slurm, "launch", "slurm", "--site", str(site), "--threads", "1", "--json", *words, "--run", str(run)
+    )
+    numbers: list[str] = json.loads(said)["jobs"]
+    return numbers
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    file = run / "metrics.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMED} for line in lines]
+
+
+def reaches(run: Path, step: int) -> None:
+    deadline = time.monotonic() + 100
+    while time.monotonic() < deadline:
+        file = run / "metrics.jsonl"
+        if file.exists() and file.read_text().count("\n") >= step:
+            return
+        time.sleep(0.05)
+    raise TimeoutError((run / "launch").joinpath("events.jsonl").read_text())
+
+
+@pytest.fixture(scope="module")
+def whole(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """The metrics of an uninterrupted run, by no Slurm."""
+    run = tmp_path_factory.mktemp("whole")
+    words = [
+        str(Path(sys.executable).with_name("perilune")),
+        *TRAIN,
+        f"data.path={packed}",
+        "--nproc",
+        "2",
+        "--run",
+        str(run),
+    ]
+    subprocess.run(words, check=True, timeout=120, stdout=subprocess.DEVNULL)
+    return metrics(run)
+
+
+@pytest.mark.timeout(400)
+def test_two_nodes_requeued_and_a_node_lost_equal_an_uninterrupted_run(
+    slurm: slurm_cluster.Cluster, packed: Path, whole: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    (job,) = launch(slurm, run, "--nodes", "2", "--", *TRAIN, f"data.path={packed}")
+    reaches(run, 2)
+    slurm("scancel", "--batch", "--signal=USR1", job)  # what --signal sends before the time limit
+    slurm.until(job, "PENDING", "REQUEUED")
+    assert len(list((run / "checkpoints").glob("step_*"))) >= 1
+    slurm.until(job, "RUNNING")
+    reaches(run, 7)
+    slurm("scontrol", "update", f"nodename={slurm_cluster.NODES[1]}", "state=down", "reason=test")
+    slurm.until(job, "PENDING", "REQUEUED")
+    assert slurm.until(job, timeout=150) == "COMPLETED"
+    last = {entry["step"]: entry for entry in metrics(run)}
+    assert [last[step] for step in sorted(last)] == whole
+    found = json.loads(perilune_on(slurm, "jobs", "status", "--json", str(run)))
+    assert (found["state"], found["attempt"], found["restarts"], found["step"]) == ("done", 2, 0, STEPS)
+
+
+@pytest.mark.timeout(300)
+def test_a_killed_rank_is_restarted_and_cancel_ends_with_a_checkpoint(
+    slurm: slurm_cluster.Cluster, packed: Path, whole: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    (job,) = launch(slurm, run, "--procs-per-node", "2", "--per", "node", "--", *TRAIN, f"data.path={packed}")
+    reaches(run, 4)
+    os.kill(json.loads((run / "launch" / "beats" / "rank_00001.json").read_text())["pid"], signal.SIGKILL)
+    reaches(run, 6)
+    assert json.loads(perilune_on(slurm, "jobs", "status", "--json", str(run)))["restarts"] == 1
+    perilune_on(slurm, "jobs", "cancel", str(run))
+    assert slurm.until(job) == "FAILED" and "ExitCode=75:0" in slurm(
+        "scontrol", "show", "job", job
+    )  # exit code 75, and not requeued
+    assert (run / "launch" / "outcome").read_text().strip() == "cancelled"
+    at = metrics(run)[-1]["step"]
+    assert (run / "checkpoints" / f"step_{at:08d}").is_dir()
+    last = {entry["step"]: entry for entry in metrics(run)}
+    assert [last[step] for step in sorted(last)] == whole[:at]
+
+
+def test_an_array_of_two_with_a_gpu_each_rank(slurm: slurm_cluster.Cluster, tmp_path: Path) -> None:
+    """The script with a program of two lines in place of training, which the real GPUs are missing for."""
+    shown = tmp_path / "shown.sh"
+    shown.write_text(
+        '#!/bin/sh\n[ "$1" = jobs ] && exit 0\n'
+        'echo "$RANK/$WORLD_SIZE $LOCAL_RANK/$LOCAL_WORLD_SIZE gpus=$CUDA_VISIBLE_DEVICES $MASTER_ADDR $*"\n'
+    )
+    shown.chmod(0o755)
+    run = tmp_path / "run"
+    job = Job(
+        ("train", "--run", str(run)), run, folder=tmp_path, procs_per_node=2, gpus_per_node=2, program=(str(shown),)
+    )
+    placement = Placement(sweep=(("k", ("1", "b c")),))
+    file = tmp_path / "job.sh"
+    file.write_text(slurm_script.script(job, placement, file))
+    (run / "launch").mkdir(parents=True)
+    number = slurm("sbatch", "--parsable", str(file))
+    for task, (folder, value) in enumerate((("k=1", "k=1"), ("k=b_c", "k=b c"))):
+        assert slurm.until(f"{number}_{task}") == "COMPLETED"
+        for rank in range(2):
+            (line,) = (run / folder / "logs" / f"rank_{rank}.log").read_text().splitlines()
+            words = line.split(" ", 4)
+            assert words[:3] == [f"{rank}/2", f"{rank}/2", "gpus=0,1"] and words[3] in slurm_cluster.NODES
+            assert words[4] == f"train {value} --run {run / folder}"
+
+
+def test_a_chain_goes_on_until_the_run_is_finished(slurm: slurm_cluster.Cluster, tmp_path: Path) -> None:
+    script = tmp_path / "program.sh"
+    script.write_text('#!/bin/sh\n[ "$1" = jobs ] && exit 0\necho ran\n')
+    script.chmod(0o755)
+    run = tmp_path / "run"
+    job, placement = Job(("train",), run, folder=tmp_path, program=(str(script),)), Placement(chain=2)
+    file = tmp_path / "job.sh"
+    file.write_text(slurm_script.script(job, placement, file))
+    (run / "launch").mkdir(parents=True)
+    first, second = slurm_script.commands(placement, file)
+    one = slurm(*first)
+    two = slurm(*(word.replace("JOB", one) for word in second))
+    assert slurm.until(one) == "COMPLETED" and slurm.until(two) == "COMPLETED"
+    assert (run / "logs" / "rank_0.log").read_text() == "ran\n"
+    assert "nothing to do, the run has ended: finished" in (run / "launch" / f"slurm-{two}.log").read_text()
