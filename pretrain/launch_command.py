@@ -172,4 +172,30 @@ def _check_sweep(arguments: tuple[str, ...], given: Asked, runs: list[Job], worl
 
 def launch_ray(**options: Any) -> int:
     """`perilune launch ray`; returns the exit code."""
-    raise NotImplementedError
+    from perilune.launch import ray_jobs
+    from perilune.pretrain import train_command as here
+
+    given = asked(options["arguments"])
+    config = given.config and here.ready(given.config)
+    gpus, address = options["gpus_per_node"], options["address"]
+    if address is None and options["nodes"][1] > 1:
+        raise InputError(f"--nodes {options['nodes'][1]} needs --address: a cluster begun for one run has one node")
+    procs = options["procs_per_node"] or gpus or 1
+    job = job_of(given, nodes=options["nodes"], procs_per_node=procs, options=options, gpus_per_node=gpus)
+    if options["dry_run"]:
+        print(job.to_json() if options["as_json"] else ray_jobs.describe(job, address))
+        return 0
+    try:
+        if config is not None and address is None:
+            here.check_here(config, given.run_dir, job.world, gpus, given.init_from)
+        code = ray_jobs.run(job, address, insecure=options["insecure"], wait=options["wait"])
+    except JobError as error:
+        raise InputError(str(error)) from error
+    if options["as_json"]:
+        _, where = Papers(job.run_dir).read()
+        print(json.dumps({"job": json.loads(job.to_json()), "where": where, "code": code}))
+    elif code == 0:
+        print(f"done: {job.run_dir}" if options["wait"] else f"next: perilune jobs status {job.run_dir}")
+    elif code == 75:
+        print(f"preempted; the same command continues from the last checkpoint: {job.run_dir}")
+    return code

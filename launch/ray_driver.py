@@ -1,0 +1,104 @@
+"""RUN [--here]: supervises a launched run on the Ray cluster of this process; the entry point of the job.
+
+With --here it begins a cluster of one node on this machine, for this run alone: loopback, a token that is new, no usage
+statistics, no dashboard, a small object store.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import signal
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from perilune.launch.job import Job, JobError, Papers
+
+# Before Ray is imported, which reads these once.
+QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+STORE_BYTES = 80 << 20  # Ray's least is 75 MiB; no data goes through it
+
+
+def own_cluster(environment: Mapping[str, str]) -> dict[str, str]:
+    """Environment of a cluster for one run, with a token of its own that is written nowhere."""
+    return {
+        **QUIET,
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": environment.get("RAY_AUTH_TOKEN") or secrets.token_hex(32),
+    }
+
+
+def stop_file(papers: Papers) -> Path:
+    """How often somebody has asked the run to end: with a signal Ray gives a job 3 s, too few for a checkpoint."""
+    return papers.folder / "stop"
+
+
+def main(arguments: list[str]) -> int:
+    """Returns the run's exit code."""
+    run_dir, here = Path(arguments[0]), "--here" in arguments[1:]
+    os.environ.update({**QUIET, **(own_cluster(os.environ) if here else {})})
+    signals: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: signals.append(number))
+    import ray
+
+    from perilune.launch.ray_ranks import RayAttempt, nodes_there
+    from perilune.launch.supervise import supervise
+
+    papers = Papers(run_dir)
+    job, _ = papers.read()
+    asked_file = stop_file(papers)
+
+    def asked() -> int:
+        try:
+            return len(signals) + int(asked_file.read_text() or 0)
+        except (OSError, ValueError):
+            return len(signals)
+
+    def say(text: str) -> None:
+        print(f"perilune: {text}", file=sys.stderr, flush=True)
+
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as temporary:  # sockets' paths have 107 bytes
+        _connect(job, temporary if here else None)
+        for number in (signal.SIGTERM, signal.SIGINT):  # Ray has put its own in their place
+            signal.signal(number, lambda number, frame: signals.append(number))
+        try:
+            return supervise(
+                job,
+                papers,
+                lambda number, nodes: RayAttempt(job, papers, number, nodes),
+                available=lambda: nodes_there(job),
+                asked=asked,
+                say=say,
+            )
+        except JobError as error:
+            say(str(error))
+            return 1
+        finally:
+            ray.shutdown()
+
+
+def _connect(job: Job, temporary: str | None) -> None:
+    import ray
+
+    quiet = {"log_to_driver": False, "configure_logging": True, "logging_level": logging.WARNING}
+    if temporary is None:
+        ray.init(address="auto", **quiet)
+        return
+    cpus = max(job.procs_per_node, os.cpu_count() or 1)
+    ray.init(
+        address="local",
+        num_cpus=cpus,
+        include_dashboard=False,
+        object_store_memory=STORE_BYTES,
+        _node_ip_address="127.0.0.2",  # Ray replaces 127.0.0.1 by an address that others reach
+        _temp_dir=temporary,
+        **quiet,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

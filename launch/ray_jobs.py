@@ -1,0 +1,220 @@
+"""A run on Ray: submitted by its job API to a cluster that is there, or on a cluster of one node begun for it here."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from perilune.launch import local
+from perilune.launch.job import Job, JobError, Papers
+from perilune.launch.ray_driver import QUIET, own_cluster, stop_file
+
+_ANSWER_S = 15.0
+_TOKEN_HELP = "export RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, with RAY_AUTH_MODE=token"
+
+
+def entrypoint(job: Job) -> list[str]:
+    """What the job runs, on the head node."""
+    return [job.program[0], "-P", "-m", "perilune.launch.ray_driver", str(job.run_dir)]
+
+
+def runtime_env(job: Job) -> dict[str, Any]:
+    """Ray shows it to whoever may ask about the job: nothing of this process's environment is in it."""
+    return {"env_vars": {**QUIET, **job.common_env()}}
+
+
+def describe(job: Job, address: str | None) -> str:
+    """Exactly what `run` submits or starts."""
+    bundles = {"CPU": job.procs_per_node} | ({"GPU": job.gpus_per_node} if job.gpus_per_node else {})
+    fewest = f", {job.min_nodes} at least" if job.min_nodes and job.min_nodes < job.nodes else ""
+    lines = [f"# {job.nodes} nodes{fewest}, each a bundle of {json.dumps(bundles)}; restarts: {job.restarts}"]
+    if address:
+        lines += [
+            f"# submitted to {address}, as {json.dumps(_submission(job), indent=2)}",
+            shlex.join(entrypoint(job)),
+        ]
+    else:
+        names = " ".join(f"{name}={'NEW' if 'TOKEN' in name else value}" for name, value in own_cluster({}).items())
+        lines += [
+            "# on a cluster of this machine alone, on 127.0.0.1, which ends with the run",
+            f"env {names} {shlex.join([*entrypoint(job), '--here'])}",
+        ]
+    ranks = f"RANK, LOCAL_RANK, WORLD_SIZE={job.world}, MASTER_ADDR and MASTER_PORT of the first node, PERILUNE_ATTEMPT"
+    return "\n".join([*lines, f"# for each process, in {job.folder}: {ranks}", shlex.join(job.command)])
+
+
+def run(job: Job, address: str | None, *, insecure: bool, wait: bool) -> int:
+    """Start the run; with `wait` stay to its end and return its exit code. SIGTERM and Ctrl-C end it with a checkpoint.
+
+    Raises JobError for a cluster that does not answer, refuses, or takes jobs from anybody.
+    """
+    papers = Papers(job.run_dir)
+    _refuse_second(papers)
+    if address is None and not wait:
+        raise JobError("--no-wait needs --address: a cluster of this machine for one run ends with this command")
+    client = _client(address, insecure) if address else None
+    papers.folder.mkdir(parents=True, exist_ok=True)
+    stop_file(papers).unlink(missing_ok=True)
+    if client is None:
+        return _run_here(job, papers)
+    papers.write(job, {"launcher": "ray", "address": address, "job": "", "run_dir": str(job.run_dir)})
+    try:
+        number = client.submit_job(**_submission(job))
+    except Exception as error:  # of requests, of Ray: what the server said is all there is to say
+        raise JobError(f"{address} did not take the job: {_line(error)}") from error
+    papers.write(job, {"launcher": "ray", "address": address, "job": number, "run_dir": str(job.run_dir)})
+    print(f"submitted: job {number} to {address}", file=sys.stderr, flush=True)
+    return _stay(client, number, papers) if wait else 0
+
+
+def state(where: dict[str, Any]) -> str:
+    """`running`, `pending`, `done`, `failed`, ..., as the cluster says it."""
+    if not where.get("address"):
+        return local.state(where)
+    if not where.get("job"):
+        return "not submitted"
+    try:
+        word = str(_client(where["address"], True).get_job_status(where["job"]).value)
+    except Exception as error:
+        return f"unknown: {where['address']} does not say ({_line(error)})"
+    return {"SUCCEEDED": "done", "STOPPED": "cancelled"}.get(word, word.lower())
+
+
+def cancel(where: dict[str, Any], now: bool) -> None:
+    """Ask the run to end: with a checkpoint, or `now`. Raises JobError where it does not run."""
+    if (there := state(where)) not in ("running", "pending"):
+        raise JobError(f"the run does not run: {there}; there is nothing to cancel")
+    _ask(Papers(Path(where["run_dir"])), 2 if now else 1)
+    if now and where.get("address"):
+        _client(where["address"], True).stop_job(where["job"])
+
+
+def _submission(job: Job) -> dict[str, Any]:
+    return {
+        "entrypoint": shlex.join(entrypoint(job)),
+        "runtime_env": runtime_env(job),
+        "metadata": {"name": job.name, "run_dir": str(job.run_dir)},
+    }
+
+
+def _run_here(job: Job, papers: Papers) -> int:
+    """A driver with a cluster of its own; both end with this process."""
+    papers.write(job, {**local.where(), "launcher": "ray", "run_dir": str(job.run_dir)})
+    child = str(Path(local.__file__).with_name("child.py"))
+    command = [sys.executable, "-S", "-P", child, str(os.getpid()), "-", "-", *entrypoint(job), "--here"]
+    asked: list[int] = []
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, lambda number, frame: asked.append(number)) for number in numbers}
+    try:
+        driver = subprocess.Popen(command, env={**os.environ, **own_cluster(os.environ)}, start_new_session=True)
+        told = 0
+        while (code := driver.poll()) is None:
+            if len(asked) > told:
+                told = len(asked)
+                _ask(papers, told)
+            time.sleep(0.1)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return code if code >= 0 else 1
+
+
+def _stay(client: Any, number: str, papers: Papers) -> int:
+    """Until the job has ended; the run's exit code."""
+    asked: list[int] = []
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = {one: signal.signal(one, lambda one, frame: asked.append(one)) for one in numbers}
+    told, seen = 0, 0
+    try:
+        while True:
+            if len(asked) > told:
+                told = len(asked)
+                _ask(papers, told)
+            status = client.get_job_status(number)
+            text = client.get_job_logs(number)
+            print(text[seen:], end="", file=sys.stderr, flush=True)
+            seen = len(text)
+            if status.is_terminal():
+                break
+            time.sleep(0.5)
+    except Exception as error:
+        raise JobError(f"the cluster does not answer any more ({_line(error)}); the run goes on if the cluster does: "
+                       f"perilune jobs status {papers.run_dir}") from error  # fmt: skip
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
+    code = client.get_job_info(number).driver_exit_code
+    return 0 if status.value == "SUCCEEDED" else code if code is not None and code > 0 else 1
+
+
+def _ask(papers: Papers, times: int) -> None:
+    new = stop_file(papers).with_suffix(".new")
+    new.write_text(str(times))
+    os.replace(new, stop_file(papers))
+
+
+def _client(address: str, insecure: bool) -> Any:
+    """Of the job API. Raises JobError for an address that is none, or that lets anybody run programs."""
+    parts = urlsplit(address)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.password:
+        raise JobError(f"--address {parts.scheme}://{parts.hostname or ''}: the job server, as http://head:8265, "
+                       "without user or password")  # fmt: skip
+    if not insecure and not _loopback(parts.hostname) and _takes_anybody(address):
+        raise JobError(
+            f"{address} is beyond this machine and asks for no token, so that anybody who reaches it runs programs "
+            "there: start the cluster with RAY_AUTH_MODE=token, or say --insecure"
+        )
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    if {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    from ray.job_submission import JobSubmissionClient
+
+    try:
+        return JobSubmissionClient(address)
+    except Exception as error:
+        raise JobError(f"{address} does not answer as a job server: {_line(error)}; {_TOKEN_HELP}") from error
+
+
+def _takes_anybody(address: str) -> bool:
+    """Whether it lists its jobs to a request without a token."""
+    try:
+        with urllib.request.urlopen(f"{address.rstrip('/')}/api/jobs/", timeout=_ANSWER_S):
+            return True
+    except urllib.error.HTTPError as error:
+        return error.code not in (401, 403)
+    except OSError as error:
+        raise JobError(f"{address} does not answer: {_line(error)}") from error
+
+
+def _loopback(host: str) -> bool:
+    try:
+        return all(ipaddress.ip_address(found[4][0]).is_loopback for found in socket.getaddrinfo(host, None))
+    except (OSError, ValueError):
+        return False
+
+
+def _refuse_second(papers: Papers) -> None:
+    try:
+        _, other = papers.read()
+    except JobError:
+        return
+    if other.get("launcher") == "ray" and (there := state(other)) in ("running", "pending"):
+        raise JobError(f"{papers.run_dir} is {there} on Ray already: wait, end it by `perilune jobs cancel "
+                       f"{papers.run_dir}`, or name another --run")  # fmt: skip
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -1,0 +1,262 @@
+"""`perilune launch ray` on a real Ray cluster of two nodes, with tokens; and on the one it begins itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from perilune.launch import ray_driver, ray_jobs
+from perilune.launch.job import Job, JobError, Papers
+
+PERILUNE = str(Path(sys.executable).with_name("perilune"))
+TOKEN = secrets.token_hex(32)
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
+TIMED = {"tokens_per_s", "mfu", "data_wait_s", "memory"}
+STEPS = 24
+
+
+class TwoNodes:
+    def __init__(self) -> None:
+        program = str(Path(__file__).parents[1] / "shared" / "ray_cluster.py")
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", program], env=ENV, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL, text=True,
+        )  # fmt: skip
+        self.address = self._read()["address"]
+
+    def tell(self, word: str) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        self.process.stdin.write(word + "\n")
+        self.process.stdin.flush()
+        return self._read()
+
+    def _read(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith("{"):
+                found: dict[str, Any] = json.loads(line)
+                return found
+        raise RuntimeError("the cluster ended")
+
+    def end(self) -> None:
+        processes = psutil.Process(self.process.pid).children(recursive=True)
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait(30)
+        _, left = psutil.wait_procs(processes, timeout=10)
+        for process in left:
+            process.kill()
+        assert not [process for process in left if process.name() in ("raylet", "gcs_server")]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[TwoNodes]:
+    nodes = TwoNodes()
+    yield nodes
+    nodes.end()
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    sources = str(Path(__file__).parents[2] / "launch")
+    for words in (
+        ["tokenizer", "train", "--out", "tok", "--vocab-size", "512", sources],
+        ["pack", "--out", "packed", "--tokenizer", "tok", "--seq-len", "64", sources],
+    ):
+        subprocess.run([PERILUNE, *words], cwd=folder, check=True, timeout=60, stdout=subprocess.DEVNULL)
+    return folder / "packed"
+
+
+def train(packed: Path, run: Path, *more: str) -> list[str]:
+    return ["train", "tiny", f"data.path={packed}", "--run", str(run), f"train.steps={STEPS}", "train.save_every=4",
+            "valid.every=0", "train.keep=0", *more]  # fmt: skip
+
+
+def start(words: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [PERILUNE, *words],
+        env=ENV,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str], code: int = 0) -> str:
+    out, _ = process.communicate(timeout=150)
+    assert process.returncode == code, out
+    return out
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    file = run / "metrics.jsonl"
+    lines = file.read_text().split("\n")[:-1] if file.exists() else []
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMED} for line in lines]
+
+
+def once_at(run: Path, step: int, act: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if (found := metrics(run)) and found[-1]["step"] >= step:
+            act()
+            return
+        time.sleep(0.02)
+    raise TimeoutError(f"step {step} was not reached: {sorted(run.rglob('*.log'))}")
+
+
+def beat(run: Path, rank: int) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((Papers(run).beats / f"rank_{rank:05d}.json").read_text())
+    return found
+
+
+def events(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Papers(run).events.read_text().splitlines()]
+
+
+def test_a_killed_rank_and_a_lost_node_and_the_losses_of_an_uninterrupted_run(
+    cluster: TwoNodes, packed: Path, tmp_path: Path
+) -> None:
+    whole = tmp_path / "whole"
+    local = ["launch", "local", "--nproc", "2", "--", *train(packed, whole, "parallel.ep=1")]
+    finish(start(local))
+
+    run = tmp_path / "run"
+    launched = start(["launch", "ray", "--address", cluster.address, "--nodes", "1-2", "--start-within", "60", "--",
+                      *train(packed, run, "parallel.ep=1")])  # fmt: skip
+    once_at(run, 6, lambda: os.kill(beat(run, 1)["pid"], signal.SIGKILL))
+    said = ""
+    at: list[int] = []
+
+    def lose_node() -> None:
+        at.append(metrics(run)[-1]["step"])
+        assert {beat(run, rank)["attempt"] for rank in (0, 1)} == {1}
+        cluster.tell("remove")
+
+    deadline = time.monotonic() + 100
+    while not any(event["event"] == "attempt" and event["attempt"] == 1 for event in events(run)):
+        assert time.monotonic() < deadline, events(run)
+        time.sleep(0.1)
+    once_at(run, 13, lose_node)
+    said = finish(launched)
+    cluster.tell("add")
+
+    seen = events(run)
+    assert [(event["attempt"], event["nodes"]) for event in seen if event["event"] == "attempt"] == [
+        (0, 2),
+        (1, 2),
+        (2, 1),
+    ]
+    assert [event["kind"] for event in seen if event["event"] == "restart"] == ["lost", "lost"], said
+    ours, theirs = metrics(run), metrics(whole)
+    assert [entry["step"] for entry in ours] == list(range(1, STEPS + 1))
+    same = at[0] // 4 * 4  # what two ranks computed is bitwise theirs, from the last checkpoint on it is one rank's
+    assert same >= 12 and ours[:same] == theirs[:same]
+    for mine, other in zip(ours[same:], theirs[same:], strict=True):
+        assert mine["tokens"] == other["tokens"] and mine["loss"] == pytest.approx(other["loss"], rel=1e-5)
+    assert TOKEN not in "".join(file.read_text(errors="replace") for file in run.rglob("*") if file.is_file())
+
+
+def test_asked_to_end_it_writes_a_checkpoint_and_the_job_says_so(
+    cluster: TwoNodes, packed: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    words = ["launch", "ray", "--address", cluster.address, "--procs-per-node", "1", "--", *train(packed, run)]
+    launched = start([word.replace(f"steps={STEPS}", "steps=400") for word in words])
+    once_at(run, 2, lambda: None)
+    jobs = [PERILUNE, "jobs"]
+    status = subprocess.run([*jobs, "status", str(run), "--json"], env=ENV, capture_output=True, text=True, timeout=60)
+    assert json.loads(status.stdout)["state"] == "running", status
+    subprocess.run([*jobs, "cancel", str(run)], env=ENV, check=True, timeout=60, stdout=subprocess.DEVNULL)
+    assert "preempted" in finish(launched, 75)
+    last = metrics(run)[-1]["step"]
+    assert (run / "checkpoints" / "latest").read_text().strip() == f"step_{last:08d}"
+
+
+def test_a_request_without_the_token_is_refused(cluster: TwoNodes, packed: Path, tmp_path: Path) -> None:
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(f"{cluster.address}/api/jobs/", timeout=20)
+    assert refused.value.code in (401, 403)
+    words = ["launch", "ray", "--address", cluster.address, "--", *train(packed, tmp_path / "run")]
+    env = {key: value for key, value in ENV.items() if not key.startswith("RAY_AUTH")}
+    done = subprocess.run([PERILUNE, *words], env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "RAY_AUTH_TOKEN" in done.stderr, done
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_cluster_that_asks_for_no_token_is_refused_beyond_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job server of Ray's needs minutes more; what is asked of it is one request, answered here by Python's server."""
+    from http.server import HTTPServer, SimpleHTTPRequestHandler
+    from threading import Thread
+
+    class Open(SimpleHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *arguments: Any) -> None: ...
+
+    with HTTPServer(("127.0.0.1", 0), Open) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(ray_jobs, "_loopback", lambda host: False)
+        with pytest.raises(JobError, match="--insecure"):
+            ray_jobs._client(f"http://127.0.0.1:{server.server_port}", insecure=False)
+        server.shutdown()
+    assert not ray_jobs._loopback("192.0.2.1") and ray_jobs._loopback("localhost")
+
+
+def test_a_cluster_of_its_own_trains_ends_and_is_gone(packed: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    launched = start(["launch", "ray", "--procs-per-node", "2", "--", *train(packed, run, "train.steps=2")])
+    processes: list[psutil.Process] = []
+    once_at(run, 1, lambda: processes.extend(psutil.Process(launched.pid).children(recursive=True)))
+    assert "done" in finish(launched)
+    assert any("raylet" in str(process) or process.pid for process in processes)
+    _, left = psutil.wait_procs(processes, timeout=15)
+    assert not left
+    assert [entry["step"] for entry in metrics(run)] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("golden", "words"),
+    [
+        ("ray_own.txt", ["--procs-per-node", "2"]),
+        ("ray_cluster.txt", ["--address", "http://head:8265", "--nodes", "2-4", "--gpus-per-node", "8",
+                             "--env", "NCCL_IB_HCA=mlx5", "--restarts", "10"]),
+    ],
+)  # fmt: skip
+def test_dry_run_is_what_the_golden_file_says(golden: str, words: list[str]) -> None:
+    command = [PERILUNE, "launch", "ray", *words, "--dry-run", "--", "train", "tiny", "data.path=/data/packed",
+               "train.steps=4", "valid.every=0", "train.global_batch_size=96", "--run", "/runs/a"]  # fmt: skip
+    done = subprocess.run(command, env=ENV, cwd="/", capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert TOKEN not in done.stdout
+    shown = done.stdout.replace(sys.executable, "PYTHON")
+    assert shown == (Path(__file__).parent / "golden" / golden).read_text()
+
+
+def test_the_token_of_an_own_cluster_is_new_or_the_users() -> None:
+    one, two = ray_driver.own_cluster({}), ray_driver.own_cluster({})
+    assert len(one["RAY_AUTH_TOKEN"]) == 64 and one["RAY_AUTH_TOKEN"] != two["RAY_AUTH_TOKEN"]
+    assert ray_driver.own_cluster({"RAY_AUTH_TOKEN": "mine"})["RAY_AUTH_TOKEN"] == "mine"
+
+
+def test_what_ray_shows_of_a_job_holds_nothing_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    job = Job(("train", "tiny"), Path("/runs/a"), folder=Path("/"), env={"A": "1"})
+    assert TOKEN not in json.dumps(ray_jobs._submission(job))
+    assert ray_jobs.runtime_env(job)["env_vars"]["A"] == "1"
