@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import signal
 import subprocess
@@ -25,7 +26,7 @@ PERILUNE = str(Path(sys.executable).with_name("perilune"))
 TOKEN = secrets.token_hex(32)
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
 TIMED = {"tokens_per_s", "mfu", "data_wait_s", "memory"}
-STEPS = 24
+STEPS = 16
 
 
 class TwoNodes:
@@ -81,8 +82,8 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "packed"
 
 
-def train(packed: Path, run: Path, *more: str) -> list[str]:
-    return ["train", "tiny", f"data.path={packed}", "--run", str(run), f"train.steps={STEPS}", "train.save_every=4",
+def train(packed: Path, run: Path, *more: str, steps: int = STEPS) -> list[str]:
+    return ["train", "tiny", f"data.path={packed}", "--run", str(run), f"train.steps={steps}", "train.save_every=4",
             "valid.every=0", "train.keep=0", *more]  # fmt: skip
 
 
@@ -138,12 +139,9 @@ def test_a_killed_rank_and_a_lost_node_and_the_losses_of_an_uninterrupted_run(
     run = tmp_path / "run"
     launched = start(["launch", "ray", "--address", cluster.address, "--nodes", "1-2", "--start-within", "60", "--",
                       *train(packed, run, "parallel.ep=1")])  # fmt: skip
-    once_at(run, 6, lambda: os.kill(beat(run, 1)["pid"], signal.SIGKILL))
-    said = ""
-    at: list[int] = []
+    once_at(run, 5, lambda: os.kill(beat(run, 1)["pid"], signal.SIGKILL))
 
     def lose_node() -> None:
-        at.append(metrics(run)[-1]["step"])
         assert {beat(run, rank)["attempt"] for rank in (0, 1)} == {1}
         cluster.tell("remove")
 
@@ -151,7 +149,7 @@ def test_a_killed_rank_and_a_lost_node_and_the_losses_of_an_uninterrupted_run(
     while not any(event["event"] == "attempt" and event["attempt"] == 1 for event in events(run)):
         assert time.monotonic() < deadline, events(run)
         time.sleep(0.1)
-    once_at(run, 13, lose_node)
+    once_at(run, 10, lose_node)
     said = finish(launched)
     cluster.tell("add")
 
@@ -164,8 +162,10 @@ def test_a_killed_rank_and_a_lost_node_and_the_losses_of_an_uninterrupted_run(
     assert [event["kind"] for event in seen if event["event"] == "restart"] == ["lost", "lost"], said
     ours, theirs = metrics(run), metrics(whole)
     assert [entry["step"] for entry in ours] == list(range(1, STEPS + 1))
-    same = at[0] // 4 * 4  # what two ranks computed is bitwise theirs, from the last checkpoint on it is one rank's
-    assert same >= 12 and ours[:same] == theirs[:same]
+    # What two ranks computed is bitwise theirs; from the last attempt's checkpoint on it is one rank's.
+    log = (Papers(run).logs / "rank_0.log").read_text()
+    same = int(re.findall(rf"step (\d+) of {STEPS}, [\d,]+ of [\d,]+ tokens are done", log)[-1])
+    assert same in (4, 8, 12) and ours[:same] == theirs[:same]
     for mine, other in zip(ours[same:], theirs[same:], strict=True):
         assert mine["tokens"] == other["tokens"] and mine["loss"] == pytest.approx(other["loss"], rel=1e-5)
     assert TOKEN not in "".join(file.read_text(errors="replace") for file in run.rglob("*") if file.is_file())
@@ -175,8 +175,17 @@ def test_asked_to_end_it_writes_a_checkpoint_and_the_job_says_so(
     cluster: TwoNodes, packed: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    words = ["launch", "ray", "--address", cluster.address, "--procs-per-node", "1", "--", *train(packed, run)]
-    launched = start([word.replace(f"steps={STEPS}", "steps=400") for word in words])
+    words = [
+        "launch",
+        "ray",
+        "--address",
+        cluster.address,
+        "--procs-per-node",
+        "1",
+        "--",
+        *train(packed, run, steps=400),
+    ]
+    launched = start(words)
     once_at(run, 2, lambda: None)
     jobs = [PERILUNE, "jobs"]
     status = subprocess.run([*jobs, "status", str(run), "--json"], env=ENV, capture_output=True, text=True, timeout=60)
@@ -199,7 +208,7 @@ def test_a_request_without_the_token_is_refused(cluster: TwoNodes, packed: Path,
 
 
 def test_a_cluster_that_asks_for_no_token_is_refused_beyond_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A job server of Ray's needs minutes more; what is asked of it is one request, answered here by Python's server."""
+    """What is asked of such a server is one request, which Python's own answers here as it would."""
     from http.server import HTTPServer, SimpleHTTPRequestHandler
     from threading import Thread
 
@@ -212,8 +221,8 @@ def test_a_cluster_that_asks_for_no_token_is_refused_beyond_loopback(monkeypatch
 
     with HTTPServer(("127.0.0.1", 0), Open) as server:
         Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setattr(ray_jobs, "_loopback", lambda host: False)
-        with pytest.raises(JobError, match="--insecure"):
+        with monkeypatch.context() as patch, pytest.raises(JobError, match="--insecure"):
+            patch.setattr(ray_jobs, "_loopback", lambda host: False)
             ray_jobs._client(f"http://127.0.0.1:{server.server_port}", insecure=False)
         server.shutdown()
     assert not ray_jobs._loopback("192.0.2.1") and ray_jobs._loopback("localhost")
@@ -221,11 +230,11 @@ def test_a_cluster_that_asks_for_no_token_is_refused_beyond_loopback(monkeypatch
 
 def test_a_cluster_of_its_own_trains_ends_and_is_gone(packed: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    launched = start(["launch", "ray", "--procs-per-node", "2", "--", *train(packed, run, "train.steps=2")])
+    launched = start(["launch", "ray", "--procs-per-node", "2", "--", *train(packed, run, steps=2)])
     processes: list[psutil.Process] = []
     once_at(run, 1, lambda: processes.extend(psutil.Process(launched.pid).children(recursive=True)))
     assert "done" in finish(launched)
-    assert any("raylet" in str(process) or process.pid for process in processes)
+    assert len(processes) > 5  # the driver, Ray's, and the ranks
     _, left = psutil.wait_procs(processes, timeout=15)
     assert not left
     assert [entry["step"] for entry in metrics(run)] == [1, 2]

@@ -32,9 +32,12 @@ def free_port() -> int:
 def main() -> None:
     port = free_port()
     with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as folder:
-        Path(folder, "1").mkdir()
+        os.environ["RAY_TMPDIR"] = folder  # where Ray notes the newest cluster
+        for name in ("ray", "1"):
+            Path(folder, name).mkdir()
         head = {"node_ip_address": "127.0.0.2", "include_dashboard": True, "dashboard_host": "127.0.0.1",
-                "dashboard_port": port, "num_cpus": 2, "object_store_memory": STORE, "temp_dir": f"{folder}/1"}  # fmt: skip
+                "dashboard_port": port, "num_cpus": 2, "object_store_memory": STORE,
+                "temp_dir": f"{folder}/1"}  # fmt: skip
         cluster = Cluster(initialize_head=True, connect=False, head_node_args=head)
 
         def add(number: int) -> object:
