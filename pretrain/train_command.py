@@ -6,12 +6,13 @@ import dataclasses
 import math
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 from perilune.launch import local
 from perilune.launch.job import Job, JobError
 from perilune.parallel import late_compile
-from perilune.pretrain import checkpoint_files, rules, vital_signs
+from perilune.pretrain import checkpoint_files, doctor, rules, vital_signs
 from perilune.pretrain import config as configs
 from perilune.pretrain.data.storage import is_url
 from perilune.pretrain.errors import InputError
@@ -76,6 +77,8 @@ def check_here(config: Config, run_dir: Path, world: int, gpus: int, init_from: 
         checkpoint_files.read_manifest(init_from)  # the rest of it is checked where it is loaded
     _check_data(config)
     if int(os.environ.get("RANK", "0")) == 0:
+        if not gpus and config.precision.compute == "bf16" and not doctor.multiplies_bf16():
+            print("this CPU has no bf16 instructions: precision.compute=fp32 may be many times faster", file=sys.stderr)
         _prepare(config, run_dir)
 
 
