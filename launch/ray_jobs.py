@@ -48,11 +48,13 @@ def describe(job: Job, address: str | None) -> str:
     else:
         names = " ".join(f"{name}={'NEW' if 'TOKEN' in name else value}" for name, value in own_cluster({}).items())
         lines += [
-            "# on a cluster of this machine alone, on 127.0.0.1, which ends with the run",
+            "# on a cluster of this machine alone, on 127.0.0.2, which ends with the run",
             f"env {names} {shlex.join([*entrypoint(job), '--here'])}",
         ]
     ranks = f"RANK, LOCAL_RANK, WORLD_SIZE={job.world}, MASTER_ADDR and MASTER_PORT of the first node, PERILUNE_ATTEMPT"
-    return "\n".join([*lines, f"# for each process, in {job.folder}: {ranks}", shlex.join(job.command)])
+    lines += [f"# for each process, in {job.folder}: {ranks}"]
+    lines += [f"export {name}={shlex.quote(value)}" for name, value in sorted(job.common_env().items())]
+    return "\n".join([*lines, shlex.join(job.command)])
 
 
 def run(job: Job, address: str | None, *, insecure: bool, wait: bool) -> int:

@@ -66,7 +66,7 @@ def test_a_run_writes_no_secret_down(
     assert "NCCL_TEST_TOKEN" not in start["variables"]
 
 
-LAUNCHERS = {"local": ["--nproc", "2"]}
+LAUNCHERS = {"local": ["--nproc", "2"], "slurm": ["--nodes", "2"], "ray": ["--procs-per-node", "2"]}
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
