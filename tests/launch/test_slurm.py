@@ -289,3 +289,26 @@ def test_a_chain_goes_on_until_the_run_is_finished(slurm: slurm_cluster.Cluster,
     assert slurm.until(one) == "COMPLETED" and slurm.until(two) == "COMPLETED"
     assert (run / "logs" / "rank_0.log").read_text() == "ran\n"
     assert "nothing to do, the run has ended: finished" in (run / "launch" / f"slurm-{two}.log").read_text()
+
+
+def test_a_node_blamed_twice_is_left_out_of_the_job_that_goes_on(slurm: slurm_cluster.Cluster, tmp_path: Path) -> None:
+    """The judge, a line of shell here, blames rank 1 each time. The next job knows how often was restarted."""
+    program = tmp_path / "program.sh"
+    program.write_text(
+        '#!/bin/sh\n[ "$1 $2" = "jobs judge" ] && echo "{\\"rank\\": 1}"\n[ "$1" = jobs ] && exit 0\n'
+        '[ "$PERILUNE_ATTEMPT" -ge 2 ] || exit 1\necho "$SLURMD_NODENAME $WORLD_SIZE"\n'
+    )
+    program.chmod(0o755)
+    run = tmp_path / "run"
+    job = Job(("train",), run, folder=tmp_path, program=(str(program),), nodes=2, min_nodes=1, worlds=(1, 2))
+    file = tmp_path / "job.sh"
+    file.write_text(slurm_script.script(job, Placement(), file))
+    (run / "launch").mkdir(parents=True)
+    (run / "launch" / "suspects").write_text(slurm_cluster.NODES[0] + "\n")  # of an earlier launch
+    first = slurm("sbatch", "--parsable", "--nodes=2", str(file))
+    assert slurm.until(first) == "FAILED"
+    second = str(int(first) + 1)
+    assert slurm.until(second) == "COMPLETED"
+    assert (run / "logs" / "rank_0.log").read_text() == f"{slurm_cluster.NODES[0]} 1\n"
+    assert (run / "launch" / "attempts").read_text() == "2 2\n"
+    assert (run / "launch" / "suspects").read_text().split() == [slurm_cluster.NODES[1]] * 2
