@@ -26,6 +26,9 @@ def own_cluster(environment: Mapping[str, str]) -> dict[str, str]:
     """Environment of a cluster for one run, with a token of its own that is written nowhere."""
     return {
         **QUIET,
+        # Else Ray gives its node an address that others reach, and listens on every interface; its metrics ask for no
+        # token. With this its node is 127.0.0.1, and so is everything that listens.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": environment.get("RAY_AUTH_TOKEN") or secrets.token_hex(32),
     }
@@ -94,7 +97,6 @@ def _connect(job: Job, temporary: str | None) -> None:
         num_cpus=cpus,
         include_dashboard=False,
         object_store_memory=STORE_BYTES,
-        _node_ip_address="127.0.0.2",  # Ray replaces 127.0.0.1 by an address that others reach
         _temp_dir=temporary,
         **quiet,
     )

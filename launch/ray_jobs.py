@@ -48,7 +48,7 @@ def describe(job: Job, address: str | None) -> str:
     else:
         names = " ".join(f"{name}={'NEW' if 'TOKEN' in name else value}" for name, value in own_cluster({}).items())
         lines += [
-            "# on a cluster of this machine alone, on 127.0.0.2, which ends with the run",
+            "# on a cluster of this machine alone, on 127.0.0.1, which ends with the run",
             f"env {names} {shlex.join([*entrypoint(job), '--here'])}",
         ]
     ranks = f"RANK, LOCAL_RANK, WORLD_SIZE={job.world}, MASTER_ADDR and MASTER_PORT of the first node, PERILUNE_ATTEMPT"

@@ -125,6 +125,16 @@ def beat(run: Path, rank: int) -> dict[str, Any]:
     return found
 
 
+def listening(process: psutil.Process) -> set[str]:
+    """Addresses on which it takes connections, but for the store of torch's rendezvous, which knows no address."""
+    try:
+        store = int(process.environ().get("MASTER_PORT", 0))
+        links = [link for link in process.net_connections("tcp") if link.status == psutil.CONN_LISTEN]
+        return {link.laddr.ip for link in links if link.laddr.port != store}
+    except psutil.NoSuchProcess:
+        return set()
+
+
 def events(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in Papers(run).events.read_text().splitlines()]
 
@@ -232,9 +242,16 @@ def test_a_cluster_of_its_own_trains_ends_and_is_gone(packed: Path, tmp_path: Pa
     run = tmp_path / "run"
     launched = start(["launch", "ray", "--procs-per-node", "2", "--", *train(packed, run, steps=2)])
     processes: list[psutil.Process] = []
-    once_at(run, 1, lambda: processes.extend(psutil.Process(launched.pid).children(recursive=True)))
+    heard: set[str] = set()
+
+    def look() -> None:
+        processes.extend(psutil.Process(launched.pid).children(recursive=True))
+        heard.update(address for process in processes for address in listening(process))
+
+    once_at(run, 1, look)
     assert "done" in finish(launched)
     assert len(processes) > 5  # the driver, Ray's, and the ranks
+    assert heard and heard <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}, heard
     _, left = psutil.wait_procs(processes, timeout=15)
     assert not left
     assert [entry["step"] for entry in metrics(run)] == [1, 2]
