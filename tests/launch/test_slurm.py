@@ -291,7 +291,10 @@ def test_a_chain_goes_on_until_the_run_is_finished(slurm: slurm_cluster.Cluster,
     assert "nothing to do, the run has ended: finished" in (run / "launch" / f"slurm-{two}.log").read_text()
 
 
-def test_a_node_blamed_twice_is_left_out_of_the_job_that_goes_on(slurm: slurm_cluster.Cluster, tmp_path: Path) -> None:
+@pytest.mark.parametrize("chain", [1, 2])
+def test_a_node_blamed_twice_is_left_out_of_the_job_that_goes_on(
+    slurm: slurm_cluster.Cluster, tmp_path: Path, chain: int
+) -> None:
     """The judge, a line of shell here, blames rank 1 each time. The next job knows how often was restarted."""
     program = tmp_path / "program.sh"
     program.write_text(
@@ -302,10 +305,13 @@ def test_a_node_blamed_twice_is_left_out_of_the_job_that_goes_on(slurm: slurm_cl
     run = tmp_path / "run"
     job = Job(("train",), run, folder=tmp_path, program=(str(program),), nodes=2, min_nodes=1, worlds=(1, 2))
     file = tmp_path / "job.sh"
-    file.write_text(slurm_script.script(job, Placement(), file))
+    placement = Placement(chain=chain)
+    file.write_text(slurm_script.script(job, placement, file))
     (run / "launch").mkdir(parents=True)
     (run / "launch" / "suspects").write_text(slurm_cluster.NODES[0] + "\n")  # of an earlier launch
     first = slurm("sbatch", "--parsable", "--nodes=2", str(file))
+    for words in slurm_script.commands(placement, file)[1:]:
+        slurm(*(word.replace("JOB", first) for word in words))
     assert slurm.until(first) == "FAILED"
     second = str(int(first) + 1)
     assert slurm.until(second) == "COMPLETED"
