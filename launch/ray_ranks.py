@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from perilune.launch.judge import exits_file
 
 _EVERY_S = 0.3  # between two questions to the nodes
 _ANSWER_S = 30.0  # a node that does not answer for so long is lost
+_STORE = timedelta(seconds=600)  # for an answer of the ranks' store
 _GRACE_S = 15.0  # after one rank failed, the others have this long to notice and write why
 _FAILED = (0, PREEMPTED)
 
@@ -56,12 +58,18 @@ class NodeRanks:
         self._children: dict[int, subprocess.Popen[bytes]] = {}
         self._ends: Ends = {}
 
-    def address(self) -> tuple[str, int]:
-        """This node's address, and a port that is free there."""
+    def store(self) -> tuple[str, int]:
+        """Begin the store by which the ranks find each other; its address, which is this node's alone."""
+        from torch.distributed import TCPStore
+
         host = ray.util.get_node_ip_address()
-        with socket.socket() as probe:
-            probe.bind((host, 0))
-            return host, int(probe.getsockname()[1])
+        listening = socket.create_server((host, 0), backlog=4096)
+        port = int(listening.getsockname()[1])
+        # Rank 0 would open it on every interface, and on a port that was free a moment ago.
+        self._store = TCPStore(
+            host, port, is_master=True, wait_for_workers=False, timeout=_STORE, master_listen_fd=listening.detach()
+        )
+        return host, port
 
     def start(self, job_text: str, env: Mapping[str, str], first: int) -> None:
         """Start the ranks `first` and following."""
@@ -132,7 +140,7 @@ class RayAttempt:
             for index in range(nodes)
         ]
         self._pending: list[Any] = [None] * nodes
-        host, port = ray.get(self._actors[0].address.remote(), timeout=job.start_s)
+        host, port = ray.get(self._actors[0].store.remote(), timeout=job.start_s)
         world = nodes * job.procs_per_node
         env = {
             **job.common_env(),
@@ -140,6 +148,8 @@ class RayAttempt:
             "LOCAL_WORLD_SIZE": str(job.procs_per_node),
             "MASTER_ADDR": host,
             "MASTER_PORT": str(port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",  # rank 0 joins the store, and begins none
+            "TORCHELASTIC_RESTART_COUNT": "0",
             "PERILUNE_ATTEMPT": str(number),
         }
         text = job.to_json()

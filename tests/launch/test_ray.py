@@ -126,11 +126,10 @@ def beat(run: Path, rank: int) -> dict[str, Any]:
 
 
 def listening(process: psutil.Process) -> set[str]:
-    """Addresses on which it takes connections, but for the store of torch's rendezvous, which knows no address."""
+    """Addresses on which it takes connections."""
     try:
-        store = int(process.environ().get("MASTER_PORT", 0))
-        links = [link for link in process.net_connections("tcp") if link.status == psutil.CONN_LISTEN]
-        return {link.laddr.ip for link in links if link.laddr.port != store}
+        links = process.net_connections("tcp")
+        return {link.laddr.ip for link in links if link.status == psutil.CONN_LISTEN}
     except psutil.NoSuchProcess:
         return set()
 
