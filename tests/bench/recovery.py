@@ -1,6 +1,6 @@
 """Seconds until a fault is noticed and until training is on its way again, for `perilune launch local`.
 
-    .venv/bin/python tests/bench/recovery.py [--hang 5]
+    .venv/bin/python tests/bench/recovery.py [--hang 5] [--json FILE]
 
 The preset `tiny` in two processes, a checkpoint every second step. Each fault strikes the run under way; "noticed" is
 the event in launch/events.jsonl, "again" the first step that the next attempt records.
@@ -22,12 +22,15 @@ from typing import Any
 
 PERILUNE = str(Path(sys.executable).parent / "perilune")
 PATIENCE_S = 120.0
+AGAIN_S = 60.0  # within which training is to be on its way again, the start of Python and torch included
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hang", type=float, default=5.0, help="--hang-after of the run")
+    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    entries: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         data = packed(folder)
@@ -35,17 +38,25 @@ def main() -> None:
         process = launch(data, run, options.hang)
         until(lambda: steps_of(run, 0))
         faults = (
-            ("kill -9 of a rank", signal.SIGKILL, lambda: ranks(process.pid)[1]),
-            ("kill -9 of the agent", signal.SIGKILL, lambda: children(process.pid)[0]),
-            (f"SIGSTOP of a rank, --hang-after {options.hang:g}", signal.SIGSTOP, lambda: ranks(process.pid)[1]),
+            ("killed_rank", "kill -9 of a rank", signal.SIGKILL, lambda: ranks(process.pid)[1]),
+            ("killed_agent", "kill -9 of the agent", signal.SIGKILL, lambda: children(process.pid)[0]),
+            (
+                "stopped_rank",
+                f"SIGSTOP of a rank, --hang-after {options.hang:g}",
+                signal.SIGSTOP,
+                lambda: ranks(process.pid)[1],
+            ),
         )
-        for attempt, (name, number, victim) in enumerate(faults):
+        for attempt, (key, name, number, victim) in enumerate(faults):
             os.kill(victim(), number)
             began = time.monotonic()
             until(lambda attempt=attempt: len(events(run, "restart")) > attempt)
             noticed = time.monotonic() - began
             until(lambda attempt=attempt: steps_of(run, attempt + 1))
-            print(f"{name}: noticed after {noticed:.1f} s, again after {time.monotonic() - began:.1f} s", flush=True)
+            again = time.monotonic() - began
+            print(f"{name}: noticed after {noticed:.1f} s, again after {again:.1f} s", flush=True)
+            about = {"ours": again, "rival": AGAIN_S, "ratio": again / AGAIN_S, "unit": "s"}
+            entries.append({"name": f"recovery_{key}_seconds", **about})
         process.terminate()
         began = time.monotonic()
         code = process.wait(PATIENCE_S)
@@ -59,6 +70,8 @@ def main() -> None:
         process.wait(PATIENCE_S)
         until(lambda: not any(map(alive, pids)))
         print(f"kill -9 of the launcher: its {len(pids)} processes gone after {time.monotonic() - began:.2f} s")
+    if options.json:
+        options.json.write_text(json.dumps(entries, indent=2))
 
 
 def packed(folder: Path) -> Path:

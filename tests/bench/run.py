@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 HERE = Path(__file__).parent
-BENCHES = ("start", "step", "checkpoint", "pack", "data", "verify")
+BENCHES = ("start", "step", "checkpoint", "pack", "data", "verify", "recovery")
 KEYS = {"name", "ours", "rival", "ratio", "unit"}
 # What is aimed at, of the ratio: at least, or at most. A name without a goal is shown without one.
 AT_LEAST = {
@@ -48,6 +48,9 @@ AT_MOST = {
     "export_peak_memory": 1.0,
     "help_seconds": 1.0,
     "demo_first_step_seconds": 1.0,
+    "recovery_killed_rank_seconds": 1.0,
+    "recovery_killed_agent_seconds": 1.0,
+    "recovery_stopped_rank_seconds": 1.0,
 }
 
 
