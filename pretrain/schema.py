@@ -54,6 +54,22 @@ class Model:
 
 
 @dataclass(frozen=True)
+class Vision:
+    """MoonViT, which reads images at their own resolution, and the projector to the decoder (arXiv 2504.07491, 2.1)."""
+
+    num_layers: int = 0  # 0: a language model alone
+    hidden_size: int = 1152
+    num_attention_heads: int = 16
+    intermediate_size: int = 4304
+    patch_size: int = 14  # pixels
+    merge_size: int = 2  # patches a side that become one token
+    pos_emb_height: int = 64  # of the learned positions, which are interpolated to each image's grid
+    pos_emb_width: int = 64
+    rope_theta: float = 10000.0
+    layer_norm_eps: float = 1e-5
+
+
+@dataclass(frozen=True)
 class Train:
     """How long and how much at once. One of `steps` and `tokens` rules; the other is 0 and follows from it."""
 
@@ -167,6 +183,7 @@ class Config:
 
     preset: str = "tiny"
     model: Model = field(default_factory=Model)
+    vision: Vision = field(default_factory=Vision)
     train: Train = field(default_factory=Train)
     valid: Valid = field(default_factory=Valid)
     data: Data = field(default_factory=Data)
