@@ -110,6 +110,24 @@ def exits_file(papers: Papers, attempt: int) -> Path:
     return papers.failures / f"attempt_{attempt:03d}_exits.json"
 
 
+def record_hang(papers: Papers, attempt: int, hang: Hang) -> None:
+    """For a `judge` of another process: why what it judges was ended."""
+    papers.failures.mkdir(parents=True, exist_ok=True)
+    _hang_file(papers, attempt).write_text(json.dumps(vars(hang)) + "\n")
+
+
+def _recorded_hang(papers: Papers, attempt: int) -> Hang | None:
+    try:
+        found = json.loads(_hang_file(papers, attempt).read_text())
+        return Hang(**found | {"ranks": tuple(found["ranks"])})
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _hang_file(papers: Papers, attempt: int) -> Path:
+    return papers.failures / f"attempt_{attempt:03d}_hang.json"
+
+
 def killed_ranks(papers: Papers, attempt: int) -> list[int]:
     """Ranks that a launcher saw end by SIGKILL, or another signal that is none of ours."""
     try:
@@ -128,7 +146,8 @@ def cause(papers: Papers, attempt: int) -> Failure | None:
 def judge(
     job: Job, papers: Papers, attempt: int, code: int, *, hang: Hang | None = None, restarts: int | None = None
 ) -> Verdict:
-    """What follows from an attempt that ended with `code` (-N: killed by signal N), or was ended for `hang`.
+    """What follows from an attempt that ended with `code` (-N: killed by signal N), or was ended for `hang`, given here
+    or recorded (`record_hang`).
 
     `restarts` is how many were counted so far (default: `attempt`). Sets a damaged checkpoint aside, by a rename.
     Does nothing else: it can be asked again.
@@ -138,6 +157,7 @@ def judge(
         return Verdict(False, "done", "done", 0)
     if hang is None and code == PREEMPTED:
         return Verdict(False, "preempted, with a checkpoint", "preempted", PREEMPTED)
+    hang = hang or _recorded_hang(papers, attempt)
     final = code if code > 0 else 1
     found = None if hang else cause(papers, attempt)
     wait = min(_LONGEST_S, _WAIT_S * 2 ** max(0, job.restarts - left))

@@ -18,8 +18,10 @@ from perilune.launch.job import Job, Papers
 
 _FRAME = re.compile(r'^\s+File "(?P<file>[^"]*)", line (?P<line>\d+) in (?P<name>\S+)')
 # Where a rank waits for others without a frame of torch.distributed's own.
-_WAITS = ("finish_grad_sync", "finish_param_sync", "wait_until", "recv_forward", "recv_backward", "_communicate")
-_OWN_WORK = ("wrapper", "_call", "__call__", "decorate_context")  # say nothing of where it is
+_WAITS = ("start_grad_sync", "finish_grad_sync", "start_param_sync", "finish_param_sync", "wait_until", "recv_forward",
+          "recv_backward", "_communicate")  # fmt: skip
+# They say nothing of where it is: wrappers, and what sends off several collectives at once.
+_OWN_WORK = ("wrapper", "_call", "__call__", "decorate_context", "_coalescing_manager")
 _STACKS_S = 3.0  # ranks write their stacks about when the watch finds the hang: so long it waits for them
 
 
@@ -159,12 +161,17 @@ def read_stack(papers: Papers, rank: int) -> Stack | None:
     collective = next((name for name in waits if name not in _OWN_WORK), "")
     at = frames[0]
     if collective:  # the caller is what tells
-        at = next((frame for frame in frames if "/torch/" not in frame["file"]), at)
+        at = next((frame for frame in frames if "/torch/" not in frame["file"] and not _of_python(frame)), at)
     return Stack(f"{at['name']} ({Path(at['file']).name}:{at['line']})", collective)
 
 
 def _of_torch(frame: re.Match[str]) -> bool:
     return "torch/distributed/" in frame["file"] and "elastic" not in frame["file"]
+
+
+def _of_python(frame: re.Match[str]) -> bool:
+    """Of the standard library, whose context managers and threads stand between a caller and its wait."""
+    return Path(frame["file"]).parent.name.startswith("python3.")
 
 
 def _place(beat: dict[str, Any] | None) -> str:

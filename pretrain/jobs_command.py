@@ -169,6 +169,7 @@ def watch(run_dir: Path, attempt: int, world: int | None) -> int:
     while True:
         hang = watching.check()
         if hang is not None:
+            judging.record_hang(papers, attempt, hang)
             judging.note(papers, "hang", attempt=attempt, why=hang.why, ranks=list(hang.ranks), step=hang.step)
             print(hang.why, flush=True)
             return _HUNG

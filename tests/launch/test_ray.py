@@ -18,6 +18,7 @@ from typing import Any
 
 import psutil
 import pytest
+from launched_runs import STEPS, metrics, train
 
 from perilune.launch import ray_driver, ray_jobs
 from perilune.launch.job import Job, JobError, Papers
@@ -25,8 +26,6 @@ from perilune.launch.job import Job, JobError, Papers
 PERILUNE = str(Path(sys.executable).with_name("perilune"))
 TOKEN = secrets.token_hex(32)
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
-TIMED = {"tokens_per_s", "mfu", "data_wait_s", "memory"}
-STEPS = 16
 
 
 class TwoNodes:
@@ -70,23 +69,6 @@ def cluster() -> Iterator[TwoNodes]:
     nodes.end()
 
 
-@pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    sources = str(Path(__file__).parents[2] / "launch")
-    for words in (
-        ["tokenizer", "train", "--out", "tok", "--vocab-size", "512", sources],
-        ["pack", "--out", "packed", "--tokenizer", "tok", "--seq-len", "64", sources],
-    ):
-        subprocess.run([PERILUNE, *words], cwd=folder, check=True, timeout=60, stdout=subprocess.DEVNULL)
-    return folder / "packed"
-
-
-def train(packed: Path, run: Path, *more: str, steps: int = STEPS) -> list[str]:
-    return ["train", "tiny", f"data.path={packed}", "--run", str(run), f"train.steps={steps}", "train.save_every=4",
-            "valid.every=0", "train.keep=0", *more]  # fmt: skip
-
-
 def start(words: list[str]) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [PERILUNE, *words],
@@ -102,12 +84,6 @@ def finish(process: subprocess.Popen[str], code: int = 0) -> str:
     out, _ = process.communicate(timeout=150)
     assert process.returncode == code, out
     return out
-
-
-def metrics(run: Path) -> list[dict[str, Any]]:
-    file = run / "metrics.jsonl"
-    lines = file.read_text().split("\n")[:-1] if file.exists() else []
-    return [{k: v for k, v in json.loads(line).items() if k not in TIMED} for line in lines]
 
 
 def once_at(run: Path, step: int, act: Callable[[], Any]) -> None:
@@ -139,16 +115,12 @@ def events(run: Path) -> list[dict[str, Any]]:
 
 
 def test_a_killed_rank_and_a_lost_node_and_the_losses_of_an_uninterrupted_run(
-    cluster: TwoNodes, packed: Path, tmp_path: Path
+    cluster: TwoNodes, packed: Path, whole: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    whole = tmp_path / "whole"
-    local = ["launch", "local", "--nproc", "2", "--", *train(packed, whole, "parallel.ep=1")]
-    finish(start(local))
-
     run = tmp_path / "run"
     launched = start(["launch", "ray", "--address", cluster.address, "--nodes", "1-2", "--start-within", "60", "--",
-                      *train(packed, run, "parallel.ep=1")])  # fmt: skip
-    once_at(run, 5, lambda: os.kill(beat(run, 1)["pid"], signal.SIGKILL))
+                      *train(packed, "--run", str(run))])  # fmt: skip
+    once_at(run, 4, lambda: os.kill(beat(run, 1)["pid"], signal.SIGKILL))
 
     def lose_node() -> None:
         assert {beat(run, rank)["attempt"] for rank in (0, 1)} == {1}
@@ -158,7 +130,7 @@ def test_a_killed_rank_and_a_lost_node_and_the_losses_of_an_uninterrupted_run(
     while not any(event["event"] == "attempt" and event["attempt"] == 1 for event in events(run)):
         assert time.monotonic() < deadline, events(run)
         time.sleep(0.1)
-    once_at(run, 10, lose_node)
+    once_at(run, 7, lose_node)
     said = finish(launched)
     cluster.tell("add")
 
@@ -169,13 +141,13 @@ def test_a_killed_rank_and_a_lost_node_and_the_losses_of_an_uninterrupted_run(
         (2, 1),
     ]
     assert [event["kind"] for event in seen if event["event"] == "restart"] == ["lost", "lost"], said
-    ours, theirs = metrics(run), metrics(whole)
+    ours = metrics(run)
     assert [entry["step"] for entry in ours] == list(range(1, STEPS + 1))
     # What two ranks computed is bitwise theirs; from the last attempt's checkpoint on it is one rank's.
     log = (Papers(run).logs / "rank_0.log").read_text()
     same = int(re.findall(rf"step (\d+) of {STEPS}, [\d,]+ of [\d,]+ tokens are done", log)[-1])
-    assert same in (4, 8, 12) and ours[:same] == theirs[:same]
-    for mine, other in zip(ours[same:], theirs[same:], strict=True):
+    assert same in (3, 6, 9) and ours[:same] == whole[:same]
+    for mine, other in zip(ours[same:], whole[same:], strict=True):
         assert mine["tokens"] == other["tokens"] and mine["loss"] == pytest.approx(other["loss"], rel=1e-5)
     assert TOKEN not in "".join(file.read_text(errors="replace") for file in run.rglob("*") if file.is_file())
 
@@ -192,7 +164,7 @@ def test_asked_to_end_it_writes_a_checkpoint_and_the_job_says_so(
         "--procs-per-node",
         "1",
         "--",
-        *train(packed, run, steps=400),
+        *train(packed, "--run", str(run), steps=400),
     ]
     launched = start(words)
     once_at(run, 2, lambda: None)
@@ -209,7 +181,7 @@ def test_a_request_without_the_token_is_refused(cluster: TwoNodes, packed: Path,
     with pytest.raises(urllib.error.HTTPError) as refused:
         urllib.request.urlopen(f"{cluster.address}/api/jobs/", timeout=20)
     assert refused.value.code in (401, 403)
-    words = ["launch", "ray", "--address", cluster.address, "--", *train(packed, tmp_path / "run")]
+    words = ["launch", "ray", "--address", cluster.address, "--", *train(packed, "--run", str(tmp_path / "run"))]
     env = {key: value for key, value in ENV.items() if not key.startswith("RAY_AUTH")}
     done = subprocess.run([PERILUNE, *words], env=env, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and "RAY_AUTH_TOKEN" in done.stderr, done
@@ -239,7 +211,7 @@ def test_a_cluster_that_asks_for_no_token_is_refused_beyond_loopback(monkeypatch
 
 def test_a_cluster_of_its_own_trains_ends_and_is_gone(packed: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    launched = start(["launch", "ray", "--procs-per-node", "2", "--", *train(packed, run, steps=2)])
+    launched = start(["launch", "ray", "--procs-per-node", "2", "--", *train(packed, "--run", str(run), steps=2)])
     processes: list[psutil.Process] = []
     heard: set[str] = set()
 

@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from packed_rows import lognormal_lengths, packed_lengths, random_rows, write_dataset
 
 from perilune.launch import job
 from perilune.pretrain import secrets as kept
 from perilune.pretrain.cli import main
 
 NAMES = ("WANDB_API_KEY", "HF_TOKEN", "RAY_AUTH_TOKEN", "AWS_SECRET_ACCESS_KEY", "NCCL_TEST_TOKEN", "SLURM_JWT")
-SEQ_LEN, VOCAB = 64, 512  # of the preset tiny
 
 
 @pytest.fixture
@@ -28,13 +26,6 @@ def canary() -> str:
 def held(canary: str) -> dict[str, str]:
     """The environment of somebody who has secrets."""
     return dict.fromkeys(NAMES, canary) | {"NCCL_PROXY_OF_TEST": f"http://me:{canary}@proxy:3128"}
-
-
-@pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data") / "train"
-    pieces = packed_lengths(lognormal_lengths(64, median=20), SEQ_LEN)[:8]
-    return write_dataset(folder, random_rows(pieces, VOCAB), SEQ_LEN, VOCAB)
 
 
 def assert_nowhere(canary: str, folder: Path, *texts: str) -> None:

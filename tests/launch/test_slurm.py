@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,16 +16,13 @@ from typing import Any
 
 import pytest
 import slurm_cluster
-from packed_rows import lognormal_lengths, packed_lengths, random_rows, write_dataset
+from launched_runs import STEPS, metrics, train
 
 from perilune.launch import slurm_script
 from perilune.launch.job import Job, JobError
 from perilune.launch.slurm_script import Placement, Site
 
 GOLDEN = Path(__file__).with_name("golden")
-TIMED = {"tokens_per_s", "mfu", "data_wait_s", "memory"}
-STEPS = 12
-TRAIN = ["train", "tiny", "parallel.ep=2", f"train.steps={STEPS}", "train.save_every=3", "valid.every=0"]
 SITE = """\
 env:
   NCCL_SOCKET_IFNAME: ib0
@@ -149,12 +147,6 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[slurm_cluster.Cl
         yield made
 
 
-@pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data") / "train"
-    return write_dataset(folder, random_rows(packed_lengths(lognormal_lengths(64, median=20), 64)[:16], 512), 64, 512)
-
-
 def perilune_on(slurm: slurm_cluster.Cluster, *words: str) -> str:
     command = [str(Path(sys.executable).with_name("perilune")), *words]
     done = subprocess.run(command, env=slurm.env, capture_output=True, text=True, timeout=100, check=False)
@@ -173,10 +165,8 @@ def launch(slurm: slurm_cluster.Cluster, run: Path, *words: str) -> list[str]:
     return numbers
 
 
-def metrics(run: Path) -> list[dict[str, Any]]:
-    file = run / "metrics.jsonl"
-    lines = file.read_text().splitlines() if file.exists() else []
-    return [{k: v for k, v in json.loads(line).items() if k not in TIMED} for line in lines]
+def events(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "launch" / "events.jsonl").read_text().splitlines()]
 
 
 def reaches(run: Path, step: int) -> None:
@@ -186,24 +176,7 @@ def reaches(run: Path, step: int) -> None:
         if file.exists() and file.read_text().count("\n") >= step:
             return
         time.sleep(0.05)
-    raise TimeoutError((run / "launch").joinpath("events.jsonl").read_text())
-
-
-@pytest.fixture(scope="module")
-def whole(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """The metrics of an uninterrupted run, by no Slurm."""
-    run = tmp_path_factory.mktemp("whole")
-    words = [
-        str(Path(sys.executable).with_name("perilune")),
-        *TRAIN,
-        f"data.path={packed}",
-        "--nproc",
-        "2",
-        "--run",
-        str(run),
-    ]
-    subprocess.run(words, check=True, timeout=120, stdout=subprocess.DEVNULL)
-    return metrics(run)
+    raise TimeoutError(events(run))
 
 
 @pytest.mark.timeout(400)
@@ -211,7 +184,7 @@ def test_two_nodes_requeued_and_a_node_lost_equal_an_uninterrupted_run(
     slurm: slurm_cluster.Cluster, packed: Path, whole: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    (job,) = launch(slurm, run, "--nodes", "2", "--", *TRAIN, f"data.path={packed}")
+    (job,) = launch(slurm, run, "--nodes", "2", "--", *train(packed))
     reaches(run, 2)
     slurm("scancel", "--batch", "--signal=USR1", job)  # what --signal sends before the time limit
     slurm.until(job, "PENDING", "REQUEUED")
@@ -228,15 +201,24 @@ def test_two_nodes_requeued_and_a_node_lost_equal_an_uninterrupted_run(
 
 
 @pytest.mark.timeout(300)
-def test_a_killed_rank_is_restarted_and_cancel_ends_with_a_checkpoint(
+def test_a_stopped_rank_is_noticed_and_cancel_ends_with_a_checkpoint(
     slurm: slurm_cluster.Cluster, packed: Path, whole: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    (job,) = launch(slurm, run, "--procs-per-node", "2", "--per", "node", "--", *TRAIN, f"data.path={packed}")
+    words = ["--procs-per-node", "2", "--per", "node", "--hang-after", "4", "--", *train(packed)]
+    (job,) = launch(slurm, run, *words)
     reaches(run, 4)
-    os.kill(json.loads((run / "launch" / "beats" / "rank_00001.json").read_text())["pid"], signal.SIGKILL)
-    reaches(run, 6)
-    assert json.loads(perilune_on(slurm, "jobs", "status", "--json", str(run)))["restarts"] == 1
+    stopped = json.loads((run / "launch" / "beats" / "rank_00001.json").read_text())["pid"]
+    os.kill(stopped, signal.SIGSTOP)
+    before = len(metrics(run))
+    reaches(run, before + 2)
+    found = json.loads(perilune_on(slurm, "jobs", "status", "--json", str(run)))
+    assert (found["attempt"], found["restarts"]) == (1, 1)
+    (restart,) = [event for event in events(run) if event["event"] == "restart"]
+    why = restart["why"]
+    assert (restart["kind"], restart["rank"]) == ("hang", 1)
+    assert f"no sign of life of rank 1 ({socket.gethostname()}, pid {stopped})" in why and "SIGSTOP" in why
+    assert not Path(f"/proc/{stopped}").exists()
     perilune_on(slurm, "jobs", "cancel", str(run))
     assert slurm.until(job) == "FAILED" and "ExitCode=75:0" in slurm(
         "scontrol", "show", "job", job

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from perilune.launch.job import Job, Papers
-from perilune.launch.judge import begin, events, exits_file, failures, judge
+from perilune.launch.judge import begin, events, exits_file, failures, judge, record_hang
 from perilune.launch.supervise import supervise
-from perilune.launch.watch import Watch, read_stack
+from perilune.launch.watch import Hang, Watch, read_stack
 from perilune.pretrain import vital_signs
 from perilune.pretrain.checkpoint_files import DamagedCheckpoint
 from perilune.pretrain.errors import InputError, Preempted
@@ -202,6 +202,29 @@ def test_the_rank_that_is_in_no_collective_is_blamed_and_the_others_collective_i
     found = hang_of(job, papers, [rank(papers, 0, "wait"), rank(papers, 1, "work")])
     assert found.ranks == (1,) and found.collective == "all_reduce" and found.silent_s > 0.6
     assert "it stood in waits (<string>:" in found.why and "rank 0 waits in all_reduce" in found.why
+
+
+def test_of_several_collectives_sent_off_at_once_their_caller_is_named(papers: Papers) -> None:
+    """As Megatron-core's DDP reduces its buckets."""
+    papers.stacks.mkdir(parents=True, exist_ok=True)
+    (papers.stacks / "rank_00000.txt").write_text(
+        'Thread 0x01 (most recent call first):\n  File "/lib/python3.12/threading.py", line 9 in wait\n\n'
+        "Current thread 0x02 (most recent call first):\n"
+        '  File "/site/torch/distributed/distributed_c10d.py", line 8 in _coalescing_manager\n'
+        '  File "/lib/python3.12/contextlib.py", line 144 in __exit__\n'
+        '  File "/site/megatron/core/distributed/param_and_grad_buffer.py", line 7 in start_grad_sync\n'
+    )
+    found = read_stack(papers, 0)
+    assert found and found.collective == "start_grad_sync"
+    assert found.at == "start_grad_sync (param_and_grad_buffer.py:7)"
+
+
+def test_a_hang_that_another_process_saw_is_judged_as_one(job: Job, papers: Papers) -> None:
+    hang = Hang((1,), 4.0, 3, "step", "all_reduce", "no sign of life of rank 1")
+    record_hang(papers, 0, hang)
+    found = judge(job, papers, 0, 137)
+    assert (found.again, found.kind, found.rank, found.step, found.why) == (True, "hang", 1, 3, hang.why)
+    assert judge(job, papers, 0, 0).kind == "done" and judge(job, papers, 1, 137).kind == "lost"
 
 
 def test_a_stopped_rank_is_blamed_though_it_writes_nothing(job: Job, papers: Papers) -> None:
