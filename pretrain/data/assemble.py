@@ -9,6 +9,8 @@ import numpy as np
 
 from perilune.pretrain.data.shard import Row, RowImage
 
+PATCH = (14, 14)  # of a batch without images: MoonViT's
+
 
 @dataclass(frozen=True)
 class Arrays:
@@ -24,14 +26,26 @@ class Arrays:
     seq_len: int
     sample_ids: tuple[str, ...]
     images: tuple[RowImage, ...]
+    patches: np.ndarray  # [P, 3, 14, 14] uint8
+    grids: np.ndarray  # [I, 2] int64
+    image_index: np.ndarray  # [M] int64
 
 
-def assemble(rows: Sequence[Row], depth: int, document_mask: bool, sample_ids: Sequence[str] = ()) -> Arrays:
+def assemble(
+    rows: Sequence[Row],
+    depth: int,
+    document_mask: bool,
+    sample_ids: Sequence[str] = (),
+    patches: Sequence[np.ndarray] = (),
+) -> Arrays:
     """`rows` (of equal length) end to end, for MTP depth D = `depth` >= 0.
 
     A segment is a piece of a document where documents are masked, else a row. Nothing looks beyond its segment: at
     position i, depth k reads token i+k and predicts token i+k+1 where both stand in i's segment; the prediction counts
     where the row's own loss mask allows that token. Images keep their encoded bytes; their places become those in [T].
+
+    `patches` holds uint8 [P, 3, 14, 14] of each image of the rows, one after another; none where no tower reads them,
+    and then the batch has no grids and places of merged features either.
     """
     seq_len = rows[0].tokens.size
     tokens = np.concatenate([row.tokens for row in rows]).astype(np.int64)  # [T]
@@ -57,6 +71,10 @@ def assemble(rows: Sequence[Row], depth: int, document_mask: bool, sample_ids: S
         labels[k] *= left > ahead
         loss_mask[k, : max(0, tokens.size - ahead)] = allowed[ahead:]
         loss_mask[k] *= left > ahead
+    images = tuple(
+        replace(image, start=image.start + i * seq_len) for i, row in enumerate(rows) for image in row.images
+    )
+    shown = images if patches else ()
     return Arrays(
         inputs=inputs,
         labels=labels,
@@ -67,7 +85,10 @@ def assemble(rows: Sequence[Row], depth: int, document_mask: bool, sample_ids: S
         rows=len(rows),
         seq_len=seq_len,
         sample_ids=tuple(sample_ids) or tuple(row.key for row in rows),
-        images=tuple(
-            replace(image, start=image.start + i * seq_len) for i, row in enumerate(rows) for image in row.images
+        images=images,
+        patches=np.concatenate(patches) if patches else np.zeros((0, 3, *PATCH), np.uint8),
+        grids=np.array([image.grid for image in shown], np.int64).reshape(-1, 2),
+        image_index=np.concatenate(
+            [np.zeros(0, np.int64), *(np.arange(image.start, image.start + image.tokens) for image in shown)]
         ),
     )

@@ -1,11 +1,13 @@
 """What a model sees of the data: one micro-batch of packed rows as flat [T] tensors with document boundaries.
 
-Legend: T tokens of the micro-batch (rows x seq_len), D the MTP depth, 1+D the prediction depths (0 is next-token).
+Legend: T tokens of the micro-batch (rows x seq_len), D the MTP depth, 1+D the prediction depths (0 is next-token),
+I images, P their patches, M = P / 4 their merged features, each of which stands at one placeholder token.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,6 +33,12 @@ class PackedBatch:
     seq_len: int
     sample_ids: tuple[str, ...] = ()  # for logs: which rows these are
     images: tuple[RowImage, ...] = ()  # encoded as they were packed, with their places in [T]
+    # What a vision tower reads; of size 0 without images, or where the run has no tower: patches [P, 3, 14, 14] uint8,
+    # image after image, each row-major over its grid; grids [I, 2] int64, patches (down, across) of each image; and
+    # image_index [M] int64, the places in [T] of the merged features, image after image, each row-major over its cells.
+    patches: torch.Tensor = field(default_factory=partial(torch.empty, 0, 3, 14, 14, dtype=torch.uint8))
+    grids: torch.Tensor = field(default_factory=partial(torch.empty, 0, 2, dtype=torch.int64))
+    image_index: torch.Tensor = field(default_factory=partial(torch.empty, 0, dtype=torch.int64))
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch on `device`."""
@@ -40,7 +48,11 @@ class PackedBatch:
         return PackedBatch(**moved)
 
     def take(self, index: torch.Tensor) -> PackedBatch:
-        """The tokens at `index` of every depth; boundaries, `rows` and `seq_len` stay those of the whole pack."""
+        """The tokens at `index` of every depth; everything else stays that of the whole pack.
+
+        So do the images: `image_index` counts places in [T] of the whole pack, and a feature is this rank's where its
+        place is one of `index`.
+        """
         return replace(
             self,
             inputs=self.inputs[:, index],

@@ -13,9 +13,15 @@ from perilune.pretrain.data.batch import PackedBatch
 from perilune.pretrain.data.shard import Row
 
 
-def collate(rows: Sequence[Row], depth: int, document_mask: bool, sample_ids: Sequence[str] = ()) -> PackedBatch:
+def collate(
+    rows: Sequence[Row],
+    depth: int,
+    document_mask: bool,
+    sample_ids: Sequence[str] = (),
+    patches: Sequence[np.ndarray] = (),
+) -> PackedBatch:
     """`rows` (of equal length) end to end, for MTP depth D = `depth` >= 0; see `assemble`."""
-    return to_batch(assemble(rows, depth, document_mask, sample_ids))
+    return to_batch(assemble(rows, depth, document_mask, sample_ids, patches))
 
 
 def to_batch(arrays: Arrays, pin: bool = False) -> PackedBatch:

@@ -12,11 +12,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from perilune.pretrain.data.images import ImageRule, verify_image
 from perilune.pretrain.data.shard import token_dtype
 from perilune.pretrain.data.sources import Document
 from perilune.pretrain.data.tokenizer import Tokenizer
 from perilune.pretrain.errors import InputError
+from perilune.vision.image_header import ImageRule
+from perilune.vision.images import verify_image
 
 IMAGE_WORD = "image"  # between the marks of an image, as Kimi-VL writes it
 

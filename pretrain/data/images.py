@@ -1,122 +1,55 @@
-"""Encoded images before anyone decodes them: their kind and size from the header, and how many tokens they become.
-
-Patches and tokens follow Kimi-VL's image processor (MoonViT: patches of 14 pixels, 2 x 2 of them merged into one
-token). An image of more patches than the limit is scaled down, keeping its shape; then its right and lower edge are
-filled up to multiples of 28 pixels.
-"""
+"""The images of a row: each decoded and held against what the row says of it, then cut into patches."""
 
 from __future__ import annotations
 
-import io
-import math
-import struct
-from dataclasses import asdict, dataclass
-from typing import Any
+import numpy as np
+from PIL import Image
 
-ENDINGS = ("jpg", "png", "webp")
-MAX_BYTES = 1 << 26  # of one encoded image
-MAX_PIXELS = 1 << 26  # of one decoded image; 200 MB as RGB
-MAX_SIDE_PATCHES = 512  # MoonViT's table of 2-D rotary positions ends there
+from perilune.pretrain.data.manifest import image_rule
+from perilune.pretrain.data.reader import DamageError, PackedDataset
+from perilune.pretrain.data.shard import Row, RowImage
+from perilune.vision import images
+from perilune.vision.image_header import ImageRule
 
 
-@dataclass(frozen=True)
-class ImageRule:
-    """How an image becomes placeholder tokens; stands in the manifest of a dataset with images."""
-
-    placeholder_id: int  # the token that stands in the row once for each 2 x 2 patches
-    patch_size: int = 14  # pixels
-    merge_size: int = 2  # patches a side that become one token
-    patch_limit: int = 4096  # Kimi-VL's `in_token_limit`, which counts patches before merging
-
-    def grid(self, width: int, height: int) -> tuple[int, int]:
-        """Patches (down, across) of an image of width x height pixels, both multiples of the merge size.
-
-        Raises ValueError for an image so long that a side would not fit the tower's positions.
-        """
-        patches = (width // self.patch_size) * (height // self.patch_size)
-        if patches > self.patch_limit:
-            scale = math.sqrt(self.patch_limit / patches)
-            width, height = max(1, int(width * scale)), max(1, int(height * scale))
-        unit = self.patch_size * self.merge_size
-        down, across = (-(-side // unit) * self.merge_size for side in (height, width))
-        if max(down, across) >= MAX_SIDE_PATCHES:
-            raise ValueError(f"{across} x {down} patches; a side must have fewer than {MAX_SIDE_PATCHES}")
-        return down, across
-
-    def tokens(self, grid: tuple[int, int]) -> int:
-        """Placeholder tokens of an image of that many patches."""
-        return grid[0] * grid[1] // self.merge_size**2
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON; `ImageRule(**saved)` gives it back."""
-        return asdict(self)
+def check_images(row: Row, rule: ImageRule | None) -> None:
+    """Decode every image within the limits; ValueError where one is damaged or not of the grid that the row says."""
+    for number, image in enumerate(row.images):
+        try:
+            ending, width, height = images.verify_image(image.data)
+            _agree(image, ending, width, height, rule)
+        except ValueError as error:
+            raise ValueError(f"image {number}: {error}") from error
 
 
-def image_size(data: bytes) -> tuple[str, int, int]:
-    """(ending, width, height) as the header says, without decoding.
-
-    Raises ValueError where it is no JPEG, PNG or WebP, or breaks MAX_BYTES or MAX_PIXELS.
-    """
-    if len(data) > MAX_BYTES:
-        raise ValueError(f"an image of {len(data)} bytes; the limit is {MAX_BYTES}")
-    try:
-        if data[:8] == b"\x89PNG\r\n\x1a\n" and data[12:16] == b"IHDR":
-            ending, (width, height) = "png", struct.unpack_from(">II", data, 16)
-        elif data[:2] == b"\xff\xd8":
-            ending, (width, height) = "jpg", _jpeg_size(data)
-        elif data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-            ending, (width, height) = "webp", _webp_size(data)
-        else:
-            raise ValueError(f"begins with {data[:8]!r}: not JPEG, PNG or WebP")
-    except (struct.error, IndexError) as error:
-        raise ValueError(f"an image of {len(data)} bytes ends inside its header") from error
-    if not width or not height or width * height > MAX_PIXELS:
-        raise ValueError(f"an image of {width} x {height} pixels; at least 1 and at most {MAX_PIXELS} in all")
-    return ending, width, height
+def upright(image: RowImage, rule: ImageRule) -> Image.Image:
+    """One image decoded, in RGB; ValueError as of `check_images`."""
+    ending, picture = images.decode(image.data)
+    _agree(image, ending, *picture.size, rule)
+    return picture
 
 
-def verify_image(data: bytes) -> tuple[str, int, int]:
-    """`image_size`, after decoding the whole image within those limits; ValueError where it is damaged."""
-    from PIL import Image
-
-    ending, width, height = image_size(data)
-    try:
-        with Image.open(io.BytesIO(data), formats=["JPEG", "PNG", "WEBP"]) as image:
-            if image.size != (width, height):
-                raise ValueError(f"the decoder sees {image.size}, the header says {(width, height)}")
-            image.load()
-    except (OSError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
-        raise ValueError(f"a {ending} image that cannot be decoded: {error}") from error
-    return ending, width, height
-
-
-def _jpeg_size(data: bytes) -> tuple[int, int]:
-    at = 2
-    while True:
-        if data[at] != 0xFF:
-            raise ValueError(f"byte {at} of a JPEG is {data[at]:#04x}, not the beginning of a segment")
-        marker = data[at + 1]
-        if marker == 0xFF:  # fill byte
-            at += 1
-        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # a frame; not DHT, JPG, DAC
-            height, width = struct.unpack_from(">HH", data, at + 5)
-            return width, height
-        elif marker in (0xD9, 0xDA):
-            raise ValueError("a JPEG without a frame header")
-        else:
-            at += 2 if marker == 0x01 or 0xD0 <= marker <= 0xD8 else 2 + struct.unpack_from(">H", data, at + 2)[0]
+def read_decoded(dataset: PackedDataset, index: int) -> tuple[Row, list[np.ndarray]]:
+    """(row, patches of each of its images). Raises as `dataset[index]` does, and DamageError for an image as well."""
+    row = dataset[index]
+    rule = image_rule(dataset.manifest)
+    patches = []
+    for number, image in enumerate(row.images):
+        assert rule is not None  # else the row would not have been read
+        try:
+            patches.append(images.cut(upright(image, rule), rule))
+        except ValueError as error:
+            raise DamageError(
+                f"{dataset.where}: {dataset.sample_id(index)}: image {number}: {error}. The row is as it was packed, "
+                "by another version or from another decoder: pack the dataset again"
+            ) from error
+    return row, patches
 
 
-def _webp_size(data: bytes) -> tuple[int, int]:
-    kind = data[12:16]
-    if len(data) < 30:
-        raise IndexError
-    if kind == b"VP8X":
-        return 1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little")
-    if kind == b"VP8L" and data[20] == 0x2F:
-        bits = struct.unpack_from("<I", data, 21)[0]
-        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
-    if kind == b"VP8 " and data[23:26] == b"\x9d\x01\x2a":
-        width, height = struct.unpack_from("<HH", data, 26)
-        return width & 0x3FFF, height & 0x3FFF
-    raise ValueError(f"a WebP that begins with {kind!r}")
+def _agree(image: RowImage, ending: str, width: int, height: int, rule: ImageRule | None) -> None:
+    """Raise ValueError where the upright image is not of the kind and grid that the row says."""
+    if ending != image.ending or rule is None or rule.grid(width, height) != image.grid:
+        raise ValueError(
+            f"a {ending} of {width} x {height} pixels once upright, kept as .{image.ending} with "
+            f"{image.grid[0]} x {image.grid[1]} patches"
+        )

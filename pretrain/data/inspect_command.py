@@ -63,7 +63,7 @@ def inspect_command(
     if html:
         from perilune.pretrain.data.inspect_page import write_page
 
-        page = write_page(out or _beside(path), known, manifest["shards"], row)
+        page = write_page(out or _beside(path), known, manifest, row)
         click.echo(f"page: {page}", err=as_json)
     return 1 if check and known["verified"]["damage"] else 0
 

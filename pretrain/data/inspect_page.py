@@ -6,7 +6,6 @@ Policy forbids every request and every script.
 
 from __future__ import annotations
 
-import base64
 import os
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,20 +16,20 @@ from markupsafe import Markup
 
 from perilune.pretrain import doctor
 from perilune.pretrain.data import inspect_facts
-from perilune.pretrain.data.images import verify_image
+from perilune.pretrain.data.inspect_pictures import pictures
+from perilune.pretrain.data.manifest import image_rule
 from perilune.pretrain.data.shard import Row
 from perilune.pretrain.errors import InputError
 from perilune.pretrain.report import describe, page
 
 MAX_SHARDS = 1000  # rows of the table
 MAX_PIECE = 1 << 16  # characters shown of one piece
-MAX_IMAGE_BYTES = 1 << 23  # of all images on a page
 HERE = Path(__file__).parent
 
 
-def write_page(out: Path, known: dict[str, Any], shards: list[dict[str, Any]], row: Row | None) -> Path:
+def write_page(out: Path, known: dict[str, Any], manifest: dict[str, Any], row: Row | None) -> Path:
     """Write the page on `known` (of `inspect_facts`) to `out`, whole or not at all; InputError where it cannot be."""
-    text = render(known, shards, row)
+    text = render(known, manifest, row)
     partial = out.with_name(f".{out.name}.partial.{os.getpid()}")
     try:
         partial.write_text(text, encoding="utf-8", errors="backslashreplace")
@@ -41,8 +40,8 @@ def write_page(out: Path, known: dict[str, Any], shards: list[dict[str, Any]], r
     return out
 
 
-def render(known: dict[str, Any], shards: list[dict[str, Any]], sample: Row | None) -> str:
-    """The page as text; `shards` are the manifest's, `sample` the row whose images it shows."""
+def render(known: dict[str, Any], manifest: dict[str, Any], sample: Row | None) -> str:
+    """The page as text; `sample` is the row whose images it shows."""
     templates = Environment(
         loader=FileSystemLoader([HERE, page.HERE]),
         autoescape=True,
@@ -65,8 +64,8 @@ def render(known: dict[str, Any], shards: list[dict[str, Any]], sample: Row | No
         damage=inspect_facts.damage_table(passed["damage"]) if passed and passed["damage"] else None,
         tables=tables,
         row=None if row is None else _row(row),
-        pictures=_pictures(sample),
-        shards=_shards(shards, passed),
+        pictures=pictures(sample, image_rule(manifest)),
+        shards=_shards(manifest["shards"], passed),
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         version=doctor.installed("perilune") or "",
         style=Markup((page.HERE / "page.css").read_text(encoding="utf-8")),
@@ -80,25 +79,6 @@ def _row(row: dict[str, Any]) -> dict[str, Any]:
         for piece in row["pieces"]
     ]
     return {"index": row["index"], "name": row["name"], "note": inspect_facts.row_note(row), "pieces": pieces}
-
-
-def _pictures(row: Row | None) -> list[dict[str, str]]:
-    """The row's images as they were encoded, those that decode within the limits and are not too large for a page."""
-    pictures, room = [], MAX_IMAGE_BYTES
-    for number, image in enumerate(row.images if row is not None else ()):
-        about = f"image {number}: {image.grid[0]} x {image.grid[1]} patches, {image.tokens} tokens at {image.start}"
-        try:
-            ending, width, height = verify_image(image.data)
-        except ValueError as error:
-            pictures.append({"about": f"{about}: {error}", "source": ""})
-            continue
-        source = ""
-        if len(image.data) <= room:
-            room -= len(image.data)
-            kind = "jpeg" if ending == "jpg" else ending
-            source = f"data:image/{kind};base64,{base64.b64encode(image.data).decode()}"
-        pictures.append({"about": f"{about}; {width} x {height} pixels, {ending}", "source": source})
-    return pictures
 
 
 def _shown(piece: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from perilune.pretrain.data.images import ImageRule, verify_image
+from perilune.pretrain.data.images import check_images
 from perilune.pretrain.data.manifest import image_rule
 from perilune.pretrain.data.mixture import source_of
 from perilune.pretrain.data.shard import Row, check_row, cost_inputs, decode_row
@@ -210,20 +210,6 @@ def check_docs(row: Row) -> list[dict[str, Any]]:
         if not sound:
             raise ValueError(f"docs.json: piece {number} of {length} tokens does not fit: {piece!s:.300}")
     return pieces
-
-
-def check_images(row: Row, rule: ImageRule | None) -> None:
-    """Decode every image within the limits; ValueError where one is damaged or not of the grid that the row says."""
-    for number, image in enumerate(row.images):
-        try:
-            ending, width, height = verify_image(image.data)
-        except ValueError as error:
-            raise ValueError(f"image {number}: {error}") from error
-        if ending != image.ending or rule is None or rule.grid(width, height) != image.grid:
-            raise ValueError(
-                f"image {number}: a {ending} of {width} x {height} pixels, kept as .{image.ending} with "
-                f"{image.grid[0]} x {image.grid[1]} patches"
-            )
 
 
 def _natural(piece: dict[str, Any], name: str) -> int:

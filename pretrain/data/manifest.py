@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from perilune.pretrain.data.images import ImageRule
 from perilune.pretrain.data.shard import SAMPLE_FIELDS, parse_npy
 from perilune.pretrain.data.storage import Store, join, open_store
 from perilune.pretrain.errors import InputError
+from perilune.vision.image_header import ImageRule
 
 NAME = "manifest.json"
 TOKEN_BYTES = "token_bytes.npy"
@@ -27,6 +27,7 @@ FORMAT = "perilune-packed"
 VERSION = 2
 SHARD_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,200}\.tar")  # a plain file of the dataset, whatever the store
 SHA256 = re.compile(r"[0-9a-f]{64}")
+MAX_PATCH_SIZE, MAX_MERGE_SIZE = 64, 8
 SAMPLE_KEY = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
@@ -113,6 +114,14 @@ def image_rule(manifest: dict[str, Any]) -> ImageRule | None:
     return ImageRule(**manifest["images"]) if manifest["images"] else None
 
 
+def _sound(rule: ImageRule) -> bool:
+    """Whether an image can become so many patches: sizes that no tower has would ask for gigabytes of padding."""
+    sizes = (rule.placeholder_id, rule.patch_size, rule.merge_size, rule.patch_limit)
+    if any(type(size) is not int for size in sizes):
+        return False
+    return 1 <= rule.patch_size <= MAX_PATCH_SIZE and 1 <= rule.merge_size <= MAX_MERGE_SIZE and rule.patch_limit >= 1
+
+
 def _check(manifest: dict[str, Any]) -> None:
     """Raise an error of Python's for wrong types, keys or values where a reader could not rely on the contents."""
     for name in ("seq_len", "rows", "tokens"):
@@ -125,7 +134,7 @@ def _check(manifest: dict[str, Any]) -> None:
         if not isinstance(value, str):
             raise ValueError(f"{value!r} is no fingerprint")
     rule = image_rule(manifest)
-    if rule and not (0 <= rule.placeholder_id < vocab_size and min(rule.patch_size, rule.merge_size) >= 1):
+    if rule and not (0 <= rule.placeholder_id < vocab_size and _sound(rule)):
         raise ValueError(f"images are {manifest['images']}, for a vocabulary of {vocab_size}")
     if manifest["fingerprint"] != _fingerprint(manifest):
         raise ValueError("the fingerprint is not that of the shards")

@@ -32,7 +32,6 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from perilune.pretrain.data import sources as data_sources
 from perilune.pretrain.data.encode import EncodedDocument, Encoding
-from perilune.pretrain.data.images import ImageRule
 from perilune.pretrain.data.manifest import NAME, TOKEN_BYTES, read_manifest, write_atomically, write_manifest
 from perilune.pretrain.data.order import permute
 from perilune.pretrain.data.pack_worker import Job, Placed, Pool, Worker, open_pool
@@ -42,6 +41,7 @@ from perilune.pretrain.data.sources import Document, SourceFile, Split
 from perilune.pretrain.data.spool import FOLDER, Spool, SpooledBatch
 from perilune.pretrain.data.tokenizer import Tokenizer, load_tokenizer
 from perilune.pretrain.errors import InputError, make_folder
+from perilune.vision.image_header import ImageRule
 
 BUFFER_TOKENS = 1 << 25  # planned at once unless the user says otherwise
 MAX_SEQ_LEN = 1 << 24  # a row is laid out in memory, in the worst case token by token

@@ -15,8 +15,12 @@ from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 
+import numpy as np
+
 from perilune.pretrain.data.assemble import Arrays, assemble
+from perilune.pretrain.data.images import read_decoded
 from perilune.pretrain.data.reader import DamageError, PackedDataset
+from perilune.pretrain.data.shard import Row
 from perilune.pretrain.data.storage import Remote
 from perilune.pretrain.errors import InputError
 
@@ -32,6 +36,7 @@ class Recipe:
     document_mask: bool
     remote: Remote
     quarantine: bool  # damaged rows are reported, not raised
+    decode: bool = False  # images become patches: the run has a vision tower
 
 
 @dataclass(frozen=True)
@@ -52,20 +57,26 @@ class Loaded:
 
 
 def load(datasets: Sequence[PackedDataset], recipe: Recipe, micro_batches: Sequence[Ids]) -> Loaded:
-    """Read the rows of `micro_batches`. Raises DamageError where one is damaged, unless the recipe quarantines it."""
+    """Read the rows of `micro_batches`. Raises DamageError where one is damaged, unless the recipe quarantines it.
+
+    Images are part of a row: where they are decoded, one that cannot be is the row's damage.
+    """
     batches, findings = [], []
     for ids in micro_batches:
-        rows = []
+        rows: list[Row] = []
+        patches: list[np.ndarray] = []  # of each image of the rows
         for d, i in ids:
             try:
-                rows.append(datasets[d][i])
+                row, seen = read_decoded(datasets[d], i) if recipe.decode else (datasets[d][i], [])
+                rows.append(row)
+                patches += seen
             except DamageError as error:
                 if not recipe.quarantine:
                     raise
                 findings.append(Finding(d, i, str(error)))
         if not findings:
             names = [f"{recipe.paths[d]}/{datasets[d].sample_id(i)}" for d, i in ids]
-            batches.append(assemble(rows, recipe.depth, recipe.document_mask, names))
+            batches.append(assemble(rows, recipe.depth, recipe.document_mask, names, patches))
     return Loaded(() if findings else tuple(batches), tuple(findings))
 
 

@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 
-from perilune.pretrain.data.images import ENDINGS, ImageRule
+from perilune.vision.image_header import ENDINGS, ImageRule
 
 BLOCK = 512  # bytes of a tar block
 # Of each sample in the manifest; the last two are what its time in training depends on beyond its tokens.
@@ -47,7 +47,7 @@ class RowImage:
     """An image of a row: placeholders stand at tokens[start : start + tokens]."""
 
     data: bytes  # as it was encoded; nothing of it is decoded here
-    ending: str  # of images.ENDINGS
+    ending: str  # of image_header.ENDINGS
     start: int
     tokens: int
     grid: tuple[int, int]  # patches (down, across)

@@ -18,9 +18,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from perilune.pretrain.data.images import MAX_BYTES as MAX_IMAGE_BYTES
 from perilune.pretrain.data.source_file import MAX_DOCUMENT_BYTES
 from perilune.pretrain.errors import InputError
+from perilune.vision.image_header import MAX_BYTES as MAX_IMAGE_BYTES
 
 BLOCK = 512
 MAX_HEADER_BYTES = 1 << 16  # of a pax header or a long name

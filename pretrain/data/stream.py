@@ -27,9 +27,12 @@ import numpy as np
 from perilune.pretrain import schema
 from perilune.pretrain.data.blend import Blend, Weight
 from perilune.pretrain.data.dealing import CostModel, deal
+from perilune.pretrain.data.images import read_decoded
+from perilune.pretrain.data.manifest import image_rule
 from perilune.pretrain.data.order import permute
 from perilune.pretrain.data.prefetch import Finding, Ids, Loaded, ReadingProcess, Recipe, load
 from perilune.pretrain.data.reader import DamageError, PackedDataset
+from perilune.pretrain.data.shard import Row
 from perilune.pretrain.data.storage import Remote
 from perilune.pretrain.errors import InputError
 
@@ -94,6 +97,7 @@ class Stream:
         depth: int,
         cost: CostModel,
         agree: Agree,
+        decode: bool = False,
     ) -> None:
         self.paths = list(datasets)
         self.datasets = list(datasets.values())
@@ -103,7 +107,7 @@ class Stream:
         self.tokenizer_fingerprint = self.datasets[0].tokenizer_fingerprint
         self._limit, self._agree = data.quarantine_limit, agree
         self._recipe = Recipe(
-            tuple(self.paths), depth, data.document_mask, remote_of(data), data.on_damage == "quarantine"
+            tuple(self.paths), depth, data.document_mask, remote_of(data), data.on_damage == "quarantine", decode
         )
         self._costs = []
         for dataset in self.datasets:  # without a mask all rows attend alike
@@ -305,33 +309,45 @@ def open_stream(
     *,
     depth: int,
     vocab_size: int | None = None,
+    vision: schema.Vision | None = None,
     cost: CostModel = CostModel(token=0.0, square=1.0),  # noqa: B008 (frozen)
     agree: Agree = list,
 ) -> Stream:
     """The stream of `data.path` or `data.blend`; `depth` is D (model.num_nextn_predict_layers).
 
-    `cost` says how long rows take, relative to each other. `agree` brings together what the run's processes found
-    damaged; every process calls it for every batch where data.on_damage=quarantine.
+    Where `vision` has layers, batches carry their images as patches, decoded by the processes that read. `cost` says
+    how long rows take, relative to each other. `agree` brings together what the run's processes found damaged; every
+    process calls it for every batch where data.on_damage=quarantine.
 
-    Raises InputError where there is no data, the datasets' rows are not data.seq_len long, their tokenizers differ, or
-    their tokens do not fit the model's `vocab_size`.
+    Raises InputError where there is no data, the datasets' rows are not data.seq_len long, their tokenizers differ,
+    their tokens do not fit the model's `vocab_size`, or their images were cut into other patches than `vision` reads.
     """
     if (data.path is None) == (not data.blend):
         raise InputError(f"data.path is {data.path!r} and data.blend {data.blend}: name one of the two")
     weights = data.blend or {str(data.path): 1.0}
     Blend(weights, data.seq_len)  # its complaints first: they need no store
     whole, remote = data.on_damage == "stop", remote_of(data)
-    datasets = {path: open_dataset(path, data.seq_len, vocab_size, remote, whole=whole) for path in weights}
+    datasets = {path: open_dataset(path, data.seq_len, vocab_size, remote, vision, whole=whole) for path in weights}
     fingerprints = {path: dataset.tokenizer_fingerprint for path, dataset in datasets.items()}
     if len(set(fingerprints.values())) > 1:
         raise InputError(f"data.blend mixes tokenizers {fingerprints} (dataset: fingerprint); pack all with one")
-    return Stream(datasets, weights, seed, data, depth, cost, agree)
+    return Stream(datasets, weights, seed, data, depth, cost, agree, _sees(vision))
+
+
+def _sees(vision: schema.Vision | None) -> bool:
+    return vision is not None and vision.num_layers > 0
 
 
 def open_dataset(
-    path: Path | str, seq_len: int, vocab_size: int | None = None, remote: Remote | None = None, *, whole: bool = True
+    path: Path | str,
+    seq_len: int,
+    vocab_size: int | None = None,
+    remote: Remote | None = None,
+    vision: schema.Vision | None = None,
+    *,
+    whole: bool = True,
 ) -> PackedDataset:
-    """The dataset at `path`; InputError where its rows or its vocabulary do not fit the run."""
+    """The dataset at `path`; InputError where its rows, its vocabulary or its patches do not fit the run."""
     dataset = PackedDataset(path, remote, whole=whole)
     if dataset.seq_len != seq_len:
         raise InputError(
@@ -343,6 +359,14 @@ def open_dataset(
             f"{path}: its tokenizer has {dataset.vocab_size} tokens, the model {vocab_size}; "
             f"set model.vocab_size to {dataset.vocab_size} or more"
         )
+    rule = image_rule(dataset.manifest)
+    if vision is not None and _sees(vision) and rule is not None:
+        packed, read = (rule.patch_size, rule.merge_size), (vision.patch_size, vision.merge_size)
+        if packed != read:
+            raise InputError(
+                f"{path}: its images were packed as patches of {packed[0]} pixels, {packed[1]} a side to a token, the "
+                f"tower reads {read[0]} and {read[1]}; set vision.patch_size={packed[0]} vision.merge_size={packed[1]}"
+            )
     return dataset
 
 
@@ -359,19 +383,22 @@ def valid_batches(
     vocab_size: int | None = None,
     tokenizer_fingerprint: str | None = None,
     remote: Remote | None = None,
+    vision: schema.Vision | None = None,
 ) -> Iterator[tuple[PackedBatch, int]]:
     """(batch, bytes of text that its counted next-token targets stand for) over a dataset, in one fixed order.
 
     The first `max_rows` rows of that order (0: all) are dealt over the ranks; each rank gets the same number of
     micro-batches of exactly `micro_batch_size` rows, the last filled up with rows whose loss mask is all zero. Bits
     per byte is the sum of their losses over ln 2 and the sum of their bytes, both over all ranks. The end of a document
-    is a target and stands for no byte; a segment's first token is predicted from nothing and is no target.
+    is a target and stands for no byte; a segment's first token is predicted from nothing and is no target. Images come
+    as patches where `vision` has layers.
 
-    Raises InputError as `open_dataset` does, and where the tokenizer is not the one of the training data.
+    Raises InputError as `open_dataset` does, and where the tokenizer is not the one of the training data, DamageError
+    for a row that is damaged.
     """
     from perilune.pretrain.data.collate import collate
 
-    dataset = open_dataset(path, seq_len, vocab_size, remote)
+    dataset = open_dataset(path, seq_len, vocab_size, remote, vision)
     if tokenizer_fingerprint not in (None, dataset.tokenizer_fingerprint):
         raise InputError(
             f"{path}: packed with tokenizer {dataset.tokenizer_fingerprint}, the training data with "
@@ -380,14 +407,19 @@ def valid_batches(
     count = min(max_rows, len(dataset)) if max_rows else len(dataset)
     order = permute(np.arange(count), len(dataset), "valid", dataset.fingerprint).tolist()
     blanks = -count % (dp_size * micro_batch_size)
+
+    def read(row: int) -> tuple[Row, list[np.ndarray]]:
+        return read_decoded(dataset, row) if _sees(vision) else (dataset[row], [])
+
     try:
         for micro in np.arange(count + blanks).reshape(-1, dp_size, micro_batch_size)[:, dp_rank].tolist():
-            rows = []
+            rows, patches = [], []
             for place in micro:
-                row = dataset[order[place] if place < count else order[0]]
+                row, seen = read(order[place] if place < count else order[0])
+                patches += seen
                 rows.append(row if place < count else replace(row, loss_mask=np.zeros_like(row.loss_mask)))
             names = [dataset.sample_id(order[place]) if place < count else "blank" for place in micro]
-            batch = collate(rows, depth, document_mask, names)
+            batch = collate(rows, depth, document_mask, names, patches)
             counted = batch.labels[0].numpy()[batch.loss_mask[0].numpy() > 0]
             yield batch, int(dataset.token_bytes[counted].sum(dtype=np.int64))
     finally:

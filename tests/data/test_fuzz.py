@@ -24,7 +24,6 @@ from fuzzing import INPUTS, inputs, mutated, mutated_json
 from PIL import Image
 
 from perilune.pretrain.data import manifest as manifests
-from perilune.pretrain.data.images import ImageRule, image_size, verify_image
 from perilune.pretrain.data.inspect_facts import facts
 from perilune.pretrain.data.inspect_page import render
 from perilune.pretrain.data.inspect_verify import check_docs, verify
@@ -35,6 +34,8 @@ from perilune.pretrain.data.source_tar import tar_samples
 from perilune.pretrain.data.sources import documents
 from perilune.pretrain.data.storage import open_store
 from perilune.pretrain.errors import InputError
+from perilune.vision.image_header import ImageRule, image_size
+from perilune.vision.images import verify_image
 
 SHARD_WORDS = [
     b"\x93NUMPY\x01\x00", b"\x93NUMPY\x02\x00", b"'<u2'", b"'|O' ", b"'<f8'", b"(8,)", b"(9,)", b"(-1)",
@@ -160,7 +161,7 @@ def test_manifest_reader(packed: Path, tmp_path: Path) -> None:
         if number % 16:
             continue
         try:
-            render(facts(str(copy), read_manifest(copy)), good["shards"], None)
+            render(facts(str(copy), read_manifest(copy)), good, None)
         except InputError:
             outcomes["not shown"] += 1
     assert outcomes["refused"] > outcomes["opened"] > 0, outcomes

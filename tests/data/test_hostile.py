@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from perilune.pretrain.data.images import MAX_PIXELS, ImageRule, image_size, verify_image
 from perilune.pretrain.data.inspect_command import inspect_command
 from perilune.pretrain.data.inspect_verify import check_docs, verify
 from perilune.pretrain.data.manifest import read_manifest, write_manifest
@@ -31,6 +30,8 @@ from perilune.pretrain.data.sources import documents
 from perilune.pretrain.data.storage import open_store
 from perilune.pretrain.data.tokenizer import Tokenizer
 from perilune.pretrain.errors import InputError
+from perilune.vision.image_header import MAX_PIXELS, ImageRule, image_size
+from perilune.vision.images import verify_image
 
 KEY = "000000000"
 

@@ -12,8 +12,9 @@ import pytest
 import webdataset
 from PIL import Image
 
-from perilune.pretrain.data.images import ImageRule, image_size, verify_image
 from perilune.pretrain.data.shard import Row, RowImage, ShardWriter, check_row, decode_row, encode_row
+from perilune.vision.image_header import ImageRule, image_size
+from perilune.vision.images import verify_image
 
 RULE = ImageRule(placeholder_id=7)
 
