@@ -50,7 +50,7 @@ def info_nce(
             f"positives from {int(positives_Q.min())} to {int(positives_Q.max())}: each must be the row of one of "
             f"the {K} keys"
         )
-    queries_QD, keys_KD = _wide(queries_QD), _wide(keys_KD)
+    queries_QD, keys_KD = wide(queries_QD), wide(keys_KD)
     losses_Q = linear_cross_entropy(queries_QD, keys_KD, positives_Q) if K else queries_QD.sum(1)
     return losses_Q.sum(), _count(Q, queries_QD)
 
@@ -67,7 +67,7 @@ def clip(
     Raises ValueError, on every rank if on one, where the shapes of the features do not fit.
     """
     ring = Ring.of(images_BD, texts_BD, group)
-    images_BD, texts_BD = _unit(images_BD), _unit(texts_BD)
+    images_BD, texts_BD = unit(images_BD), unit(texts_BD)
     width = images_BD.shape[1]
     images_AD, texts_AD = ring.gather(torch.cat((images_BD, texts_BD), dim=1)).split(width, dim=1)
     mine_B = torch.arange(ring.first, ring.first + len(images_BD), device=images_BD.device)
@@ -95,7 +95,7 @@ def siglip(
     Raises ValueError, on every rank if on one, where the shapes of the features do not fit.
     """
     ring = Ring.of(images_BD, texts_BD, group)
-    x_BD, y_BD = _unit(images_BD), _unit(texts_BD)
+    x_BD, y_BD = unit(images_BD), unit(texts_BD)
     loss: torch.Tensor = _SigmoidOfPairs.apply(x_BD, y_BD, scale.to(x_BD.dtype), bias.to(x_BD.dtype), ring)
     return loss, _count(len(x_BD), x_BD)
 
@@ -110,7 +110,7 @@ class _SigmoidOfPairs(torch.autograd.Function):
         ctx.ring = ring
         scaled_BD, total = scale * x_BD, x_BD.new_zeros(())
         for hop, y_CD in enumerate(ring.chunks(y_BD)):
-            for rows in _blocks(len(x_BD), len(y_CD)):
+            for rows in blocks(len(x_BD), len(y_CD)):
                 logits = torch.addmm(bias, scaled_BD[rows], y_CD.T)
                 if hop == 0:
                     logits.diagonal(rows.start).neg_()
@@ -126,7 +126,7 @@ class _SigmoidOfPairs(torch.autograd.Function):
         arriving: Callable[[], torch.Tensor] | None = None
         for hop, y_CD in enumerate(ring.chunks(y_BD)):
             dy_CD = torch.zeros_like(y_CD)
-            for rows in _blocks(len(x_BD), len(y_CD)):
+            for rows in blocks(len(x_BD), len(y_CD)):
                 slopes = torch.addmm(bias, scaled_BD[rows], y_CD.T)
                 # By the sign of the pair before and after, for sigmoid(l) - 1 would lose the small ones to rounding.
                 if hop == 0:
@@ -192,24 +192,26 @@ class SigmoidScale(_Scalars):
         return self.log_scale.exp()[0], self.bias[0]
 
 
+def wide(x: torch.Tensor) -> torch.Tensor:
+    """The same in fp32; float64 stays."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def unit(x_BD: torch.Tensor) -> torch.Tensor:
+    """Rows of length 1, in fp32 at least; a row of zeros stays."""
+    return F.normalize(wide(x_BD), dim=-1)
+
+
+def blocks(rows: int, columns: int) -> Iterator[slice]:
+    """Ranges of rows with at most `BLOCK` products with all columns each, or of a single row."""
+    height = max(1, BLOCK // max(1, columns))
+    for start in range(0, rows, height):
+        yield slice(start, min(start + height, rows))
+
+
 def _number(value: float) -> torch.nn.Parameter:
     return torch.nn.Parameter(torch.tensor([value], dtype=torch.float32))
 
 
-def _wide(x: torch.Tensor) -> torch.Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def _unit(x_BD: torch.Tensor) -> torch.Tensor:
-    return F.normalize(_wide(x_BD), dim=-1)
-
-
 def _count(number: int, like: torch.Tensor) -> torch.Tensor:
     return torch.tensor(number, dtype=torch.int, device=like.device)
-
-
-def _blocks(rows: int, columns: int) -> Iterator[slice]:
-    """Ranges of rows with at most `BLOCK` logits each, or a single row."""
-    height = max(1, BLOCK // max(1, columns))
-    for start in range(0, rows, height):
-        yield slice(start, min(start + height, rows))
