@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from perilune.kernels.cross_entropy import linear_cross_entropy
 from perilune.vision.ring import Ring
 
-BLOCK = 1 << 22  # logits of SigLIP held at once (16 MB in fp32)
+BLOCK = 1 << 22  # products of features held at once (16 MB in fp32)
 
 
 def info_nce(
@@ -40,16 +40,15 @@ def info_nce(
     Raises ValueError where shapes do not fit or a positive is none of the keys.
     """
     Q, K = len(queries_QD), len(keys_KD)
-    if queries_QD.shape[1:] != keys_KD.shape[1:] or positives_Q.shape != (Q,):
+    if queries_QD.ndim != 2 or queries_QD.shape[1:] != keys_KD.shape[1:] or positives_Q.shape != (Q,):
         raise ValueError(
             f"queries {list(queries_QD.shape)}, keys {list(keys_KD.shape)} and positives {list(positives_Q.shape)} "
             "must be [Q, D], [K, D] and [Q]"
         )
-    if Q and not 0 <= int(positives_Q.min()) <= int(positives_Q.max()) < K:
-        raise ValueError(
-            f"positives from {int(positives_Q.min())} to {int(positives_Q.max())}: each must be the row of one of "
-            f"the {K} keys"
-        )
+    if Q:
+        low, high = torch.stack(positives_Q.aminmax()).tolist()
+        if low < 0 or high >= K:
+            raise ValueError(f"positives from {low} to {high}: each must be the row of one of the {K} keys")
     queries_QD, keys_KD = wide(queries_QD), wide(keys_KD)
     losses_Q = linear_cross_entropy(queries_QD, keys_KD, positives_Q) if K else queries_QD.sum(1)
     return losses_Q.sum(), _count(Q, queries_QD)
@@ -210,6 +209,7 @@ def blocks(rows: int, columns: int) -> Iterator[slice]:
 
 
 def _number(value: float) -> torch.nn.Parameter:
+    # A vector: Megatron-core's optimizer decays no vectors, but it does decay what has no dims at all.
     return torch.nn.Parameter(torch.tensor([value], dtype=torch.float32))
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -14,16 +15,23 @@ from perilune.parallel import mesh as meshes
 from perilune.vision import contrastive
 
 
-class Largest(TorchDispatchMode):
-    """The most numbers of any tensor that an operation made."""
+class Memory(TorchDispatchMode):
+    """Of the tensors that operations made: the numbers in the largest, and the most bytes alive at a time."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.numel = 0
+        self.largest = self.peak = 0
+        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         out = op(*args, **(kwargs or {}))
-        self.numel = max([self.numel, *(x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor))])
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self.largest = max(self.largest, tensor.numel())
+                storage = tensor.untyped_storage()
+                self._alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self._alive = {key: held for key, held in self._alive.items() if not held[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self._alive.values()))
         return out
 
 
@@ -59,7 +67,7 @@ def on_first_ranks(cases: Sequence[Case]) -> list[Found | str | None]:
 
 
 def objectives(images: torch.Tensor, texts: torch.Tensor, group: dist.ProcessGroup | None) -> Found:
-    """Sums, counts and gradients of this rank's part of the batch, and the largest tensor; by objective.
+    """Sum, count and gradients of this rank's part of the batch, and what `Memory` saw; by objective.
 
     Scales and bias are not those of a first step, so that each matters.
     """
@@ -68,7 +76,7 @@ def objectives(images: torch.Tensor, texts: torch.Tensor, group: dist.ProcessGro
     for name, module in (("clip", temperature), ("siglip", sigmoid)):
         module.to(meshes.device(), images.dtype)
         x, y = (x.to(meshes.device(), copy=True).requires_grad_() for x in (images, texts))
-        with Largest() as largest:
+        with Memory() as memory:
             if name == "clip":
                 loss, count = contrastive.clip(x, y, temperature(), group)
             else:
@@ -76,6 +84,7 @@ def objectives(images: torch.Tensor, texts: torch.Tensor, group: dist.ProcessGro
             loss.backward()
         gradients = {"images": x.grad, "texts": y.grad, **{key: p.grad for key, p in module.named_parameters()}}
         assert all(gradient is not None for gradient in gradients.values())
-        seen = {"loss": loss.detach(), "count": count, "largest": torch.tensor(largest.numel), **gradients}
+        seen = {"loss": loss.detach(), "count": count, **gradients}
         found[name] = {key: value.cpu() for key, value in seen.items() if value is not None}
+        found[name] |= {"largest": torch.tensor(memory.largest), "peak": torch.tensor(memory.peak)}
     return found

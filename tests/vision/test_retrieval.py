@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from contrastive_ranks import Largest
+from contrastive_ranks import Memory
 
 from perilune.vision import contrastive
 from perilune.vision.retrieval import Retrieval, class_features, places, retrieval, zero_shot
@@ -124,6 +124,6 @@ def test_what_cannot_be_found_is_refused() -> None:
 def test_cosines_are_never_held_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(contrastive, "BLOCK", 400)
     pictures, captions, owners = random_captions(200, 400, seed=0)
-    with Largest() as seen:
+    with Memory() as seen:
         retrieval(pictures, captions, owners)
-    assert seen.numel == captions.numel()
+    assert seen.largest == captions.numel()
