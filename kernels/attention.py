@@ -56,6 +56,27 @@ def varlen_attention(
     return _flash(flash, q_TND, k_TND, v_TNE, (cu_seqlens, cu_seqlens), (max_seqlen, max_seqlen), scale)
 
 
+def image_attention(
+    q_TND: torch.Tensor,
+    k_TND: torch.Tensor,
+    v_TND: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    scale: float,
+) -> torch.Tensor:
+    """As `varlen_attention`, but every token sees all of its segment. Returns [T, N, D]."""
+    flash = _flash_varlen() if q_TND.is_cuda and q_TND.dtype in (torch.bfloat16, torch.float16) else None
+    if flash is not None:
+        bounds, longest = (cu_seqlens, cu_seqlens), (max_seqlen, max_seqlen)
+        return _flash(flash, q_TND, k_TND, v_TND, bounds, longest, scale, causal=False)
+    outs = []
+    lengths = cu_seqlens.diff().tolist()
+    for parts in zip(*(x.transpose(0, 1).split(lengths, dim=1) for x in (q_TND, k_TND, v_TND)), strict=True):
+        q, k, v = (part.unsqueeze(0) for part in parts)
+        outs.append(F.scaled_dot_product_attention(q, k, v, scale=scale).squeeze(0).transpose(0, 1))
+    return torch.cat(outs) if len(outs) > 1 else outs[0]
+
+
 def _flash(
     flash: Callable[..., Any],
     q_QND: torch.Tensor,
@@ -64,6 +85,7 @@ def _flash(
     bounds: tuple[torch.Tensor, torch.Tensor],
     longest: tuple[int, int],
     scale: float,
+    causal: bool = True,
 ) -> torch.Tensor:
     """flash-attn on segments of queries and of keys; the mask is aligned with the last query and the last key."""
     E = v_KNE.shape[-1]
@@ -78,7 +100,7 @@ def _flash(
         max_seqlen_q=longest[0],
         max_seqlen_k=longest[1],
         softmax_scale=scale,
-        causal=True,
+        causal=causal,
     )
     return (out[0] if isinstance(out, tuple) else out)[..., :E]
 

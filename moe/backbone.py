@@ -260,6 +260,13 @@ class Backbone(GPTModel):
 
 def build(config: BackboneConfig, vp_stage: int | None = None, pp_rank: int | None = None) -> Backbone:
     """This rank's part of the decoder (of pipeline stage `pp_rank`; None: this process's), weights not yet drawn."""
+    return build_as(Backbone, config, vp_stage, pp_rank)
+
+
+def build_as[Kind: Backbone](
+    kind: type[Kind], config: BackboneConfig, vp_stage: int | None = None, pp_rank: int | None = None
+) -> Kind:
+    """`build`, as a `kind` of backbone."""
     from megatron.core import parallel_state
 
     logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)  # GPTModel's deprecation notice
@@ -300,7 +307,7 @@ def build(config: BackboneConfig, vp_stage: int | None = None, pp_rank: int | No
         mtp_spec = MultiTokenPredictionBlockSubmodules(layer_specs=[depth] * mc.mtp_num_layers)
     stages = mc.pipeline_model_parallel_size * (mc.virtual_pipeline_model_parallel_size or 1)
     at = pp_rank + (vp_stage or 0) * mc.pipeline_model_parallel_size
-    model = Backbone(
+    model = kind(
         config=mc,
         transformer_layer_spec=block,
         vocab_size=config.model.vocab_size,

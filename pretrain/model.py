@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.moe.moe_layer import MoELayer
@@ -14,11 +15,16 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from perilune.moe import backbone
 from perilune.moe.init import draw_weights
 from perilune.moe.router import Router, StepScale
+from perilune.parallel import context, precision
 from perilune.parallel import mesh as meshes
-from perilune.parallel import precision
 from perilune.parallel.mesh import Mesh
+from perilune.pretrain.data.batch import PackedBatch
 from perilune.pretrain.plan.stages import layout_of
 from perilune.pretrain.schema import Config
+from perilune.vision import vlm
+from perilune.vision.moonvit import VisionConfig
+
+_SEEING = ("vision_tower", "multi_modal_projector")  # every other part of a chunk is the language model
 
 
 def backbone_config(config: Config, mesh: Mesh) -> backbone.BackboneConfig:
@@ -29,10 +35,30 @@ def backbone_config(config: Config, mesh: Mesh) -> backbone.BackboneConfig:
         dtype=precision.dtype(config.precision.compute),
         dispatcher=config.parallel.dispatcher,
         fp8=config.precision.fp8,
-        layout=layout_of(config.model, config.parallel),
+        layout=layout_of(config.model, config.parallel, config.vision),
         recompute_granularity=config.recompute.granularity,
         recompute_modules=config.recompute.modules,
     )
+
+
+def vision_config(config: Config, mesh: Mesh) -> VisionConfig:
+    """The part of a run's config that shapes tower and projector."""
+    return VisionConfig(
+        vision=config.vision,
+        text_hidden=config.model.hidden_size,
+        mesh=mesh,
+        dtype=precision.dtype(config.precision.compute),
+        recompute_granularity=config.recompute.granularity,
+    )
+
+
+def build_chunks(config: Config, mesh: Mesh) -> list[backbone.Backbone]:
+    """This rank's chunks, bare, with weights not yet drawn: decoders, the first of all with a tower if there is one."""
+    shape = backbone_config(config, mesh)
+    stages = range(mesh.vpp) if mesh.vpp > 1 else [None]
+    if config.vision.num_layers:
+        return [vlm.build(shape, vision_config(config, mesh), vp_stage=stage) for stage in stages]
+    return [backbone.build(shape, vp_stage=stage) for stage in stages]
 
 
 @dataclass
@@ -48,11 +74,7 @@ class Model:
 
     def bare(self) -> list[backbone.Backbone]:
         """The chunks without DDP and mixed-precision wrappers."""
-        bare = []
-        for chunk in self.chunks:
-            module = chunk.module
-            bare.append(module.module if isinstance(module, Float16Module) else module)
-        return bare
+        return [_bare(chunk) for chunk in self.chunks]
 
     def routers(self) -> list[tuple[int, Router]]:
         """(layer index from 0, router) of this rank's expert layers; MTP's follow after the last layer."""
@@ -82,9 +104,9 @@ class Model:
 def build(config: Config, mesh: Mesh) -> Model:
     """This rank's model with weights drawn from `train.seed`, on this rank's device."""
     shape = backbone_config(config, mesh)
-    stages = range(mesh.vpp) if mesh.vpp > 1 else [None]
-    parts: list[torch.nn.Module] = [backbone.build(shape, vp_stage=stage) for stage in stages]
+    parts: list[torch.nn.Module] = list(build_chunks(config, mesh))
     for part in parts:
+        _freeze(part, config.train.freeze)
         part.to(meshes.device())
         draw_weights(part, config.train.seed, config.model.init_std)
         for parameter in part.parameters():  # Megatron-core's layers carry marks that its DDP asks for
@@ -115,6 +137,36 @@ def build(config: Config, mesh: Mesh) -> Model:
     return Model(chunks)
 
 
+def _freeze(part: torch.nn.Module, frozen: tuple[str, ...]) -> None:
+    """Let the parameters of the parts named want no gradient (`train.freeze`)."""
+    for name, parameter in part.named_parameters():
+        owner = name.partition(".")[0]
+        if (owner if owner in _SEEING else "language_model") in frozen:
+            parameter.requires_grad = False
+
+
+def _bare(chunk: DistributedDataParallel) -> backbone.Backbone:
+    module = chunk.module
+    return module.module if isinstance(module, Float16Module) else module
+
+
+def images_for(chunk: DistributedDataParallel, batch: PackedBatch) -> dict[str, vlm.Images]:
+    """What a chunk's forward is given besides tokens: images, where it is the first of a model with a tower.
+
+    `batch` is the whole micro-batch, on the CPU.
+    """
+    bare = _bare(chunk)
+    if not (isinstance(bare, vlm.VisionLanguageModel) and bare.pre_process):
+        return {}
+    tokens, held = batch.inputs.shape[1], None
+    if (size := parallel_state.get_context_parallel_world_size()) > 1:
+        rank = parallel_state.get_context_parallel_rank()
+        held = context.cut(batch.rows, batch.seq_len, batch.cu_seqlens, rank, size).index_Q
+    tp = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
+    images = vlm.images_of(batch.patches, batch.grids, batch.image_index, tokens, held, tp)
+    return {"images": images.to(meshes.device())}
+
+
 def _wait_for_weights_read_from_outside(chunk: DistributedDataParallel) -> None:
     """Let expert layers wait for their experts' weights, and the loss for the head's.
 
@@ -124,7 +176,8 @@ def _wait_for_weights_read_from_outside(chunk: DistributedDataParallel) -> None:
 
     def wait(holder: torch.nn.Module) -> None:
         for parameter in holder.parameters():
-            chunk.param_to_bucket_group[parameter].finish_param_sync()
+            if parameter.requires_grad:  # else DDP knows nothing of it
+                chunk.param_to_bucket_group[parameter].finish_param_sync()
 
     for module in chunk.modules():
         if isinstance(module, MoELayer):

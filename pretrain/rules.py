@@ -24,7 +24,7 @@ def check_fits(config: Config, world: int) -> None:
     """Raise InputError for the first number in `config` that does not fit the others or `world` processes."""
     mesh = mesh_of(config, world)
     # One after the other: each may count on what those before it have let pass.
-    for rule in (_model, _batch, partial(_layout, mesh=mesh)):
+    for rule in (_model, _vision, _batch, partial(_layout, mesh=mesh)):
         for problem in rule(config):
             raise InputError(problem)
 
@@ -209,9 +209,50 @@ def _model(config: Config) -> list[str]:
     return problems
 
 
+PARTS = ("vision_tower", "multi_modal_projector", "language_model")  # what train.freeze names
+
+
+def _vision(config: Config) -> list[str]:
+    v, frozen = config.vision, config.train.freeze
+    parts = PARTS if v.num_layers else PARTS[2:]
+    problems = [
+        f"train.freeze names {name!r}; this model has {', '.join(parts)}" for name in frozen if name not in parts
+    ]
+    if set(frozen) >= set(parts):
+        problems.append(f"train.freeze={list(frozen)} leaves nothing to train")
+    if v.num_layers < 0:
+        problems.append(f"vision.num_layers={v.num_layers} must be at least 0, and 0 for a language model alone")
+    if v.num_layers <= 0:
+        return problems
+    for name in "hidden_size num_attention_heads intermediate_size patch_size pos_emb_height pos_emb_width".split():
+        if getattr(v, name) < 1:
+            problems.append(f"vision.{name}={getattr(v, name)} must be at least 1")
+    if problems:
+        return problems
+    if v.merge_size != 2:
+        problems.append(f"vision.merge_size={v.merge_size} is not built: MoonViT merges 2 x 2 patches")
+    if v.hidden_size % (4 * v.num_attention_heads):
+        problems.append(
+            f"vision.hidden_size={v.hidden_size} must be a multiple of 4 x vision.num_attention_heads="
+            f"{v.num_attention_heads}: each head turns pairs across and pairs down"
+        )
+    tp = config.parallel.tp
+    for name in ("num_attention_heads", "intermediate_size", "hidden_size"):
+        if getattr(v, name) % tp:
+            problems.append(f"vision.{name}={getattr(v, name)} does not divide by parallel.tp={tp}")
+    if not 0 <= v.token_share <= 1:
+        problems.append(f"vision.token_share={v.token_share} must lie between 0 and 1")
+    if config.model.num_nextn_predict_layers:
+        problems.append(
+            f"model.num_nextn_predict_layers={config.model.num_nextn_predict_layers} with vision.num_layers="
+            f"{v.num_layers} is not built: MTP would embed placeholders, and Kimi-VL has none; set it to 0"
+        )
+    return problems
+
+
 def _layout(config: Config, mesh: Mesh) -> list[str]:
     m, p = config.model, config.parallel
-    stages_of(m, p)  # raises InputError where layers and stages do not fit
+    stages_of(m, p, config.vision)  # raises InputError where layers and stages do not fit
     problems = []
     if wrong := recompute.problem(config.recompute.granularity, config.recompute.modules):
         problems.append(wrong)

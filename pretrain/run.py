@@ -41,8 +41,8 @@ def run(config: Config, run_dir: Path, world: int, *, init_from: Path | None = N
     net = model.build(config, mesh)
     optim = optimizer.build(config, net)
     depth, vocab_size = config.model.num_nextn_predict_layers, config.model.vocab_size
-    stream = open_stream(config.data, config.train.seed, depth=depth, vocab_size=vocab_size,
-                         cost=cost_model(config.model), agree=over_all_ranks)  # fmt: skip
+    stream = open_stream(config.data, config.train.seed, depth=depth, vocab_size=vocab_size, vision=config.vision,
+                         cost=cost_model(config.model, config.vision), agree=over_all_ranks)  # fmt: skip
     vital_signs.beat("loading")
     step, state = _position(run_dir, net, optim, stream, init_from)
     plan = Timetable(config, mesh.dp)
@@ -143,6 +143,7 @@ def _validate(config: Config, net: model.Model, stream: Stream, dp: int) -> tupl
         seq_len=config.data.seq_len,
         max_rows=config.valid.steps * config.train.global_batch_size,
         vocab_size=config.model.vocab_size,
+        vision=config.vision,
         tokenizer_fingerprint=stream.tokenizer_fingerprint,
         remote=remote_of(config.data),
     )

@@ -67,6 +67,7 @@ class Vision:
     pos_emb_width: int = 64
     rope_theta: float = 10000.0
     layer_norm_eps: float = 1e-5
+    token_share: float = 0.5  # part of a row's tokens that are images', for the balance of pipeline stages alone
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ class Train:
     async_save: bool = True  # checkpoints are written while training goes on
     nonfinite_limit: int = 10  # skipped steps in a row after which the run stops
     threads: int = 0  # CPU threads a process; 0: cores // processes
+    freeze: tuple[str, ...] = ()  # parts that do not train: vision_tower, multi_modal_projector, language_model
 
 
 @dataclass(frozen=True)

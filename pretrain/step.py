@@ -24,6 +24,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from perilune.moe.backbone import packed_params
 from perilune.parallel import context
 from perilune.parallel import mesh as meshes
+from perilune.pretrain import model as models
 from perilune.pretrain.data.batch import PackedBatch
 from perilune.pretrain.model import Model
 from perilune.pretrain.objective import Objective
@@ -46,7 +47,8 @@ class StepResult:
 
 def _forward(iterator: Iterator[PackedBatch], model: Any, objective: Objective, mtp_weight: float) -> tuple[Any, Any]:
     batch, device = next(iterator), meshes.device()
-    cut = None
+    images = models.images_for(model, batch)
+    batch, cut = replace(batch, patches=batch.patches[:0]), None
     if (size := parallel_state.get_context_parallel_world_size()) > 1:
         rank = parallel_state.get_context_parallel_rank()
         cut = context.cut(batch.rows, batch.seq_len, batch.cu_seqlens, rank, size)
@@ -58,6 +60,7 @@ def _forward(iterator: Iterator[PackedBatch], model: Any, objective: Objective, 
         attention_mask=None,
         labels=batch.labels,
         packed_seq_params=packed_params(batch.cu_seqlens, batch.max_seqlen, cut),
+        **images,
     )
     return losses, partial(objective, batch=batch, mtp_weight=mtp_weight)
 

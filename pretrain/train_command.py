@@ -114,7 +114,7 @@ def describe(config: Config, world: int, run_dir: Path) -> str:
             table(config.model, config.data.seq_len),
             "",
             rank_table(config, world),
-            *(["", picture(config.model, config.parallel)] if mesh.pp > 1 else []),
+            *(["", picture(config.model, config.parallel, config.vision)] if mesh.pp > 1 else []),
         ]
     )
 

@@ -14,10 +14,8 @@ import numpy as np
 
 from perilune.pretrain.errors import InputError
 from perilune.pretrain.plan.counts import flops_per_token
-from perilune.pretrain.schema import Model
-
-# Training FLOPs of a patch in MoonViT-SO-400M (arXiv 2504.07491): 27 layers of 4 x 1152^2 + 2 x 1152 x 4304 weights.
-MOONVIT_PATCH = 3 * 2.0 * 27 * (4 * 1152**2 + 2 * 1152 * 4304)
+from perilune.pretrain.plan.vision_counts import image_flops
+from perilune.pretrain.schema import Model, Vision
 
 
 @dataclass(frozen=True)
@@ -26,18 +24,23 @@ class CostModel:
 
     token: float
     square: float
-    patch: float = MOONVIT_PATCH
+    patch: float = 0.0
 
     def of(self, squares: np.ndarray, patches: np.ndarray, seq_len: int) -> np.ndarray:
         """Costs [rows] of rows of `seq_len` tokens with these sums of squared lengths and patches."""
         return self.token * seq_len + self.square * squares + self.patch * patches
 
 
-def cost_model(model: Model) -> CostModel:
-    """Of a decoder: the i-th token of a document attends to i tokens, so L tokens cost L(L+1)/2 pairs."""
+def cost_model(model: Model, vision: Vision | None = None) -> CostModel:
+    """Of a decoder: the i-th token of a document attends to i tokens, so L tokens cost L(L+1)/2 pairs.
+
+    A patch costs what the weights of tower and projector do; which images share a row's patches the manifest does not
+    say, so their attention among each other is left out.
+    """
     one, two = (flops_per_token(model, seq_len).training for seq_len in (1, 3))  # mean contexts of 1 and of 2 tokens
     pair = two - one
-    return CostModel(token=one - pair + pair / 2, square=pair / 2)
+    patch = 3 * image_flops(vision, model.hidden_size).patch if vision is not None else 0.0
+    return CostModel(token=one - pair + pair / 2, square=pair / 2, patch=patch)
 
 
 def deal(costs: np.ndarray, dp_size: int, micro_batch_size: int) -> np.ndarray:

@@ -18,7 +18,7 @@ import torch
 from perilune.pretrain import presets
 from perilune.pretrain.data.batch import PackedBatch
 from perilune.pretrain.data.collate import collate
-from perilune.pretrain.data.shard import Row
+from perilune.pretrain.data.shard import Row, RowImage
 from perilune.pretrain.schema import Config, Model, Optim, Parallel
 
 ROWS, SEQ_LEN, STEPS = 8, 32, 3
@@ -46,7 +46,10 @@ _MODELS: dict[str, Model] = {
     "dense": replace(_BASE, n_routed_experts=0, first_k_dense_replace=4),
     "yarn": replace(_BASE, rope_scaling_factor=4.0, original_max_position_embeddings=8),
     "whole-rows": _BASE,  # without a mask between documents, as DeepSeek-V3 was trained
+    "vlm": replace(_BASE, num_nextn_predict_layers=0),  # with images in some rows
 }
+_TOWER = replace(presets.get("tiny_vl").vision, hidden_size=64, num_attention_heads=8)
+_GRIDS = {1: [(2, 4)], 2: [(4, 2), (2, 2)], 3: [(4, 6)], 6: [(2, 2), (6, 4), (2, 2)]}  # row -> its images' patches
 NAMES = tuple(_MODELS)
 
 
@@ -57,6 +60,7 @@ def config(name: str) -> Config:
         base,
         preset=f"parity {name}",
         model=_MODELS[name],
+        vision=_TOWER if name == "vlm" else base.vision,
         train=replace(base.train, steps=STEPS, global_batch_size=ROWS, micro_batch_size=ROWS),
         data=replace(base.data, seq_len=SEQ_LEN, document_mask=name != "whole-rows"),
         # Steps so small that choices keep their margin; eps above the rounding noise of a gradient of almost nothing,
@@ -69,11 +73,13 @@ def config(name: str) -> Config:
 def batches(name: str, micro_batch_size: int) -> list[PackedBatch]:
     """The global batch, the same every step, in micro-batches whose counts of tokens differ (one row counts none)."""
     depth = _MODELS[name].num_nextn_predict_layers
-    rows = _rows()
-    return [
-        collate(rows[i : i + micro_batch_size], depth, config(name).data.document_mask)
-        for i in range(0, ROWS, micro_batch_size)
-    ]
+    rows = _rows_with_images() if name == "vlm" else _rows()
+    found = []
+    for i in range(0, ROWS, micro_batch_size):
+        micro = rows[i : i + micro_batch_size]
+        patches = [_patches(image) for row in micro for image in row.images]
+        found.append(collate(micro, depth, config(name).data.document_mask, patches=patches))
+    return found
 
 
 @cache
@@ -91,6 +97,28 @@ def _rows() -> tuple[Row, ...]:
         tokens = rng.integers(0, _BASE.vocab_size, SEQ_LEN).astype(np.uint16)
         rows.append(Row(f"{index}", tokens, bounds, mask))
     return tuple(rows)
+
+
+@cache
+def _rows_with_images() -> tuple[Row, ...]:
+    """Images anywhere in a row, so that context parallelism cuts some, and most micro-batches of a rank have none."""
+    rows = []
+    for index, row in enumerate(_rows()):
+        images, at = [], 3 + index
+        for grid in _GRIDS.get(index, []):
+            tokens = grid[0] * grid[1] // 4
+            images.append(RowImage(f"{index}{at}".encode(), "png", at, tokens, grid))
+            at += tokens + 2
+        mask = row.loss_mask.copy()
+        for image in images:
+            mask[image.start : image.start + image.tokens] = 0
+        rows.append(replace(row, loss_mask=mask, images=tuple(images)))
+    return tuple(rows)
+
+
+def _patches(image: RowImage) -> np.ndarray:
+    rng = np.random.default_rng(int(image.data))
+    return rng.integers(0, 256, (image.grid[0] * image.grid[1], 3, 14, 14)).astype(np.uint8)
 
 
 def margin(raw_TE: torch.Tensor, bias_E: torch.Tensor, model: Any) -> float:

@@ -23,9 +23,11 @@ from perilune.pretrain.data.batch import PackedBatch
 from perilune.pretrain.hf.table import Block, blocks
 from perilune.pretrain.objective import next_token
 from perilune.pretrain.parity import fixture
+from perilune.pretrain.plan import vision_counts
 from perilune.pretrain.schema import Config
 from perilune.pretrain.timetable import StepPlan
 
+_SEEING = ("vision_tower.", "multi_modal_projector.")  # whose tensors go by their checkpoint's names here
 # Checkpoint key, global shape, offset, values: of numpy, which travels between processes without a file descriptor.
 Piece = tuple[str, tuple[int, ...], tuple[int, ...], np.ndarray]
 
@@ -59,8 +61,11 @@ def load(config: Config, model: Any, weights: dict[str, torch.Tensor]) -> None:
     with torch.no_grad():
         for tensor, part, cut in _parts(model):
             full = torch.full(part.global_shape, float("nan"))
-            for block, value in whole[part.key]:
-                full[block.index] = value
+            if part.key.startswith(_SEEING):
+                full.copy_(weights[part.key])
+            else:
+                for block, value in whole[part.key]:
+                    full[block.index] = value
             place = tuple(slice(o, o + n) for o, n in zip(part.global_offset, _sizes(part), strict=True))
             target = tensor if cut is None else tensor.narrow(*cut)
             target.copy_(full[place].reshape(target.shape))
@@ -68,6 +73,8 @@ def load(config: Config, model: Any, weights: dict[str, torch.Tensor]) -> None:
 
 def named(config: Config, pieces: list[list[Piece]], part: bool = False) -> dict[str, torch.Tensor]:
     """Hugging Face names -> tensor, from every rank's pieces; those of a part of the model only if `part`.
+
+    Tensors of tower and projector go by their names in a checkpoint.
 
     Raises KeyError where a tensor of the model is missing, unless `part`.
     """
@@ -77,7 +84,12 @@ def named(config: Config, pieces: list[list[Piece]], part: bool = False) -> dict
             whole = full.setdefault(key, torch.full(shape, float("nan")))
             whole[tuple(slice(o, o + n) for o, n in zip(offset, values.shape, strict=True))] = torch.from_numpy(values)
     wanted = (b for b in blocks(config.model) if not b.copy and (not part or b.ours in full))
-    return {b.theirs: full[b.ours][b.index] for b in wanted}
+    seeing = {key: tensor for key, tensor in full.items() if key.startswith(_SEEING)}
+    if not part and (found := sum(t.numel() for t in seeing.values())) != (
+        expected := vision_counts.parameters(config.vision, config.model.hidden_size).total
+    ):
+        raise KeyError(f"tower and projector have {found} elements here, by their sizes {expected}")
+    return {b.theirs: full[b.ours][b.index] for b in wanted} | seeing
 
 
 def pieces(model: models.Model, values: Callable[[torch.Tensor], torch.Tensor | None]) -> list[Piece]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from perilune.moe import backbone
 from perilune.parallel import mesh as meshes
 from perilune.pretrain import model as models
 from perilune.pretrain import rules
@@ -25,8 +24,7 @@ def count_rank(config: Config, world: int, pp_rank: int) -> RankCount:
     try:
         meshes.start(mesh)
         with torch.device("meta"):
-            stages = range(mesh.vpp) if mesh.vpp > 1 else [None]
-            parts = [backbone.build(models.backbone_config(config, mesh), vp_stage=stage) for stage in stages]
+            parts = models.build_chunks(config, mesh)
     finally:
         meshes.stop()
     named = [item for part in parts for item in part.named_parameters()]

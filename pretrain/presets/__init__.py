@@ -8,7 +8,7 @@ from importlib import import_module
 from perilune.pretrain.errors import InputError
 from perilune.pretrain.schema import Config
 
-_NAMES = ("tiny", "demo", "proxy_100m", "moonlight_16b_a3b", "deepseek_v3")  # smallest first
+_NAMES = ("tiny", "tiny_vl", "demo", "proxy_100m", "moonlight_16b_a3b", "kimi_vl_a3b", "deepseek_v3")  # smallest first
 
 
 def names() -> tuple[str, ...]:
