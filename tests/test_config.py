@@ -109,7 +109,7 @@ def test_a_value_on_the_command_line(word: str, value: Any) -> None:
         ("lr=1", ["optim.lr", "schedule.lr"]),
         ("optimizer.weight_decay=1", ["optim.weight_decay"]),
         ("--train.steps=4", ["train.steps"]),
-        ("zzzzzz=4", ["unknown key 'zzzzzz'", "model, train, valid, data"]),
+        ("zzzzzz=4", ["unknown key 'zzzzzz'", "model, vision, train, valid, data"]),
         ("data.blend.a=1", ["unknown key 'data.blend.a'"]),
         ("model=4", ["is a section", "model.num_layers", "model.hidden_size"]),
         ("train.steps", ["is not key=value"]),

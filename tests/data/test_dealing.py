@@ -12,6 +12,7 @@ from perilune.pretrain.data.dealing import CostModel, cost_model, deal
 from perilune.pretrain.data.packing import Piece, plan
 from perilune.pretrain.errors import InputError
 from perilune.pretrain.plan.counts import flops_per_token
+from perilune.pretrain.schema import Vision
 
 SEQ_LEN = 8192
 
@@ -54,8 +55,9 @@ def test_the_cost_of_a_row_is_its_flops() -> None:
     squares = np.array([sum(n * n for n in lengths)])
     expected = flops_per_token(model, 4100, document_lengths=lengths).training * 4100
     assert cost_model(model).of(squares, np.zeros(1), 4100) == pytest.approx(expected, rel=1e-9)
-    with_images = cost_model(model).of(squares, np.array([1000]), 4100)
-    assert with_images - expected == pytest.approx(1000 * 6 * 411e6, rel=0.01), (
+    with_images = cost_model(model, Vision(num_layers=27)).of(squares, np.array([1000]), 4100)
+    projector = (4608 * 4608 + 4608 * 7168) / 4  # weights, shared by the four patches of a cell
+    assert with_images - expected == pytest.approx(1000 * 6 * (411.2e6 + 0.7e6 + projector), rel=1e-3), (
         "MoonViT has 0.41B weights in its blocks"
     )
 
