@@ -33,6 +33,7 @@ pp4
 pp4 Et|tt|t|mL
 tp2 dp2 ep2 etp2
 tp2 cp2 ep4 micro2 (yarn)
+tp2 cp2 ep4 micro2 (vlm)
 tp2 cp2 ep4 recompute full
 tp2 cp2 ep4 recompute core_attn+moe+mtp
 pp2 vpp2 recompute layernorm+mla_up_proj+moe_act

@@ -17,7 +17,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 
-from perilune.kernels.attention import Pieces, piecewise_attention, varlen_attention
+from perilune.kernels.attention import Pieces, image_attention, piecewise_attention, varlen_attention
 from perilune.moe import attention, backbone
 from perilune.moe.attention import LatentAttention
 from perilune.moe.experts import GroupedExperts
@@ -28,6 +28,7 @@ from perilune.pretrain import step
 from perilune.pretrain.data.batch import PackedBatch
 from perilune.pretrain.objective import next_token
 from perilune.pretrain.parity import probe
+from perilune.vision import moonvit, vlm
 
 Patch = pytest.MonkeyPatch
 FINALIZE = sys.modules["megatron.core.distributed.finalize_model_grads"]  # its package has a function of that name
@@ -220,6 +221,32 @@ def mtp_inside_the_cut(patch: Patch) -> None:
         return replace(taken, inputs=torch.cat((taken.inputs[:1], shifted, taken.inputs[2:])))
 
     patch.setattr(PackedBatch, "take", wrong)
+
+
+def image_gradient_split(patch: Patch) -> None:
+    """Sequence parallelism: what other ranks' tokens say of an image is lost."""
+    patch.setattr(vlm, "copy_to_tensor_model_parallel_region", lambda x, group: x)
+
+
+def images_see_each_other(patch: Patch) -> None:
+    """Attention in the tower does not end with the image."""
+
+    def wrong(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: torch.Tensor, *rest: Any) -> torch.Tensor:
+        return image_attention(q, k, v, bounds[[0, -1]], *rest)
+
+    patch.setattr(moonvit, "image_attention", wrong)
+
+
+def images_by_the_cut(patch: Patch) -> None:
+    """Context parallelism: features go where their tokens stood in the whole pack."""
+    right = vlm.images_of
+
+    def wrong(patches: Any, grids: Any, index: torch.Tensor, tokens: int, held: Any, split: Any) -> Any:
+        found = right(patches, grids, index, tokens, None, split)
+        inside = found.places_F < held.numel()
+        return replace(found, features_F=found.features_F[inside], places_F=found.places_F[inside])
+
+    patch.setattr(vlm, "images_of", wrong)
 
 
 def train(mutation: Callable[[Patch], None], *arguments: Any) -> probe.Trained:

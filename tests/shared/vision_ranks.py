@@ -1,0 +1,100 @@
+"""Tower and projector in processes that are a group: functions of `parallel.workers.Workers`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from perilune.parallel import mesh as meshes
+from perilune.pretrain import model as models
+from perilune.pretrain import optimizer, presets, rules
+from perilune.pretrain.objective import next_token
+from perilune.pretrain.parity import fixture
+from perilune.pretrain.schema import Parallel
+from perilune.pretrain.step import train_step
+from perilune.pretrain.timetable import StepPlan
+from perilune.vision.images import normalize
+from perilune.vision.vlm import Images, VisionLanguageModel
+
+GRIDS = [(4, 6), (2, 2), (8, 4), (4, 4)]  # the last is the table's own size
+TINY = presets.get("tiny_vl")
+VISION, TEXT = TINY.vision, TINY.model.hidden_size
+
+
+@dataclass(frozen=True)
+class Made:
+    """What one process made of images of GRIDS."""
+
+    patches: torch.Tensor  # [P, 3, 14, 14] uint8
+    weights: dict[str, torch.Tensor]
+    cells: torch.Tensor  # [M, 4, H]
+    grad_cells: torch.Tensor  # of the sum that `gradients` are of
+    gradients: dict[str, torch.Tensor]
+    features: torch.Tensor  # [M, text hidden]
+    alone: list[torch.Tensor]  # the same, each image by itself
+    flops: int  # of a forward pass of tower and projector, as torch counts
+
+
+def _built(parallel: Parallel = Parallel()) -> models.Model:  # noqa: B008 (frozen)
+    config = replace(TINY, parallel=parallel)
+    mesh = rules.mesh_of(config, torch.distributed.get_world_size())
+    meshes.start(mesh, timeout_s=60)
+    return models.build(config, mesh)
+
+
+def make() -> Made:
+    (net,) = _built().bare()
+    assert isinstance(net, VisionLanguageModel)
+    generator = torch.Generator().manual_seed(0)
+    seeing = {name: p for name, p in net.named_parameters() if name.startswith(("vision_", "multi_"))}
+    with torch.no_grad():
+        for name, parameter in seeing.items():  # off their neutral values, and large enough to matter
+            start = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+            parameter.copy_(start + 0.2 * torch.randn(parameter.shape, generator=generator))
+    sizes = [d * a for d, a in GRIDS]
+    patches = torch.randint(0, 256, (sum(sizes), 3, 14, 14), dtype=torch.uint8, generator=generator)
+    nowhere = torch.zeros(0, dtype=torch.int64)
+    images = Images(patches, torch.tensor(GRIDS), nowhere, nowhere)
+    # Torch counts the products of its plain attention, and not of the fused one for CPUs.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+        features = net.features(images)
+    cells = net.vision_tower(normalize(patches), images.grids)
+    grad_cells = torch.randn(cells.shape, generator=generator)
+    tower = {name: parameter for name, parameter in seeing.items() if name.startswith("vision_")}
+    gradients = torch.autograd.grad((cells * grad_cells).sum(), list(tower.values()))
+    with torch.no_grad():
+        alone = [
+            net.features(Images(part, torch.tensor([grid]), nowhere, nowhere))
+            for part, grid in zip(patches.split(sizes), GRIDS, strict=True)
+        ]
+    return Made(
+        patches,
+        {name: parameter.detach().clone() for name, parameter in seeing.items()},
+        cells.detach(),
+        grad_cells,
+        dict(zip(tower, gradients, strict=True)),
+        features,
+        alone,
+        counter.get_total_flops(),
+    )
+
+
+def frozen(parts: tuple[str, ...], parallel: Parallel) -> dict[str, float]:
+    """How far a step moves each of this rank's weights, with these parts frozen."""
+    base = fixture.config("vlm")
+    config = replace(base, parallel=parallel, train=replace(base.train, freeze=parts))
+    mesh = rules.mesh_of(config, torch.distributed.get_world_size())
+    meshes.start(mesh, timeout_s=60)
+    net = models.build(config, mesh)
+    adam = optimizer.build(config, net)
+    before = {n: p.detach().clone() for chunk in net.bare() for n, p in chunk.named_parameters()}
+    batch = fixture.batches("vlm", 1)[torch.distributed.get_rank() % mesh.dp :: mesh.dp]
+    plan = StepPlan(rows=fixture.ROWS, lr=1e-2, mtp_weight=0.0, bias_speed=0.0)
+    result = train_step(net, adam, batch, next_token, plan, clip=0.0)
+    assert not result.skipped
+    net.settle()
+    after = {n: p.detach() for chunk in net.bare() for n, p in chunk.named_parameters()}
+    return {name: float((after[name] - before[name]).abs().max()) for name in before}

@@ -1,0 +1,178 @@
+"""The tower against transformers' Kimi-K2.5 (of one frame, which is Kimi-VL's), counts against what is built and
+measured, and which images a rank needs, token by token."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+from transformers.models.kimi_k25.modeling_kimi_k25 import (
+    Kimi_K25MultimodalProjection,
+    Kimi_K25VisionConfig,
+    Kimi_K25VisionModel,
+)
+from vision_ranks import GRIDS, TEXT, VISION, Made, frozen, make
+
+from perilune.parallel import context
+from perilune.parallel.workers import Workers
+from perilune.pretrain import presets
+from perilune.pretrain.plan import built, vision_counts
+from perilune.pretrain.schema import Parallel, Vision
+from perilune.vision.vlm import images_of
+
+N, D = VISION.num_attention_heads, VISION.hidden_size // VISION.num_attention_heads
+
+
+@pytest.fixture(scope="module")
+def made(workers: Workers) -> Made:
+    """Tower and projector with drawn weights on images of different sizes, by one process."""
+    return workers.run(1, make)[0]
+
+
+def pairs_to_halves(rows: torch.Tensor) -> torch.Tensor:
+    """[N * D, ...] whose heads turn adjacent dims to one whose heads turn dim i with dim i + D / 2."""
+    heads = rows.view(N, D // 2, 2, *rows.shape[1:])
+    return heads.transpose(1, 2).reshape(rows.shape)
+
+
+def theirs(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Our tower's weights (or gradients) by transformers' names."""
+    H, side = VISION.hidden_size, VISION.patch_size
+    found = {}
+    for name, value in weights.items():
+        owner, _, kind = name.rpartition(".")
+        if not owner.startswith("vision_tower."):
+            continue
+        owner = owner.removeprefix("vision_tower.")
+        if owner == "patch_embed.proj":
+            found[name.removeprefix("vision_tower.")] = value.view(H, 3, side, side) if kind == "weight" else value
+        elif owner == "patch_embed.pos_emb":
+            key = "patch_embed.pos_emb.position_embeddings"
+            found[key] = value.view(VISION.pos_emb_height, VISION.pos_emb_width, H)
+        elif owner == "encoder.final_layernorm":
+            found[f"final_layernorm.{kind}"] = value
+        else:
+            _, _, layer, part = owner.split(".", 3)
+            if part == "self_attention.linear_qkv":
+                parts = value.view(N, 3, D, *value.shape[1:]).unbind(1)  # Megatron-core's: head by head
+                for letter, rows in zip("qkv", (p.reshape(H, *value.shape[1:]) for p in parts), strict=True):
+                    rows = rows if letter == "v" else pairs_to_halves(rows)
+                    found[f"layers.{layer}.attn.{letter}_proj.{kind}"] = rows
+            else:
+                new = {
+                    "input_layernorm": "norm1", "pre_mlp_layernorm": "norm2", "self_attention.linear_proj": "attn.proj",
+                    "mlp.linear_fc1": "mlp.fc1", "mlp.linear_fc2": "mlp.fc2",
+                }[part]  # fmt: skip
+                found[f"layers.{layer}.{new}.{kind}"] = value
+    return found
+
+
+def test_features_and_gradients_are_transformers(made: Made) -> None:
+    config = Kimi_K25VisionConfig(
+        hidden_size=VISION.hidden_size, num_attention_heads=N, num_hidden_layers=VISION.num_layers,
+        intermediate_size=VISION.intermediate_size, pos_emb_height=VISION.pos_emb_height,
+        pos_emb_width=VISION.pos_emb_width,
+    )  # fmt: skip
+    tower = Kimi_K25VisionModel(config)
+    tower.load_state_dict(theirs(made.weights))  # strict: each of theirs is there, and no other
+    pixels = (made.patches.float() / 255 - 0.5) / 0.5
+    grids = torch.tensor([[1, *grid] for grid in GRIDS])
+    cells = tower(pixel_values=pixels, grid_thw=grids).pooler_output
+    torch.testing.assert_close(made.cells, cells, atol=1e-5, rtol=0)
+    (cells * made.grad_cells).sum().backward()
+    mine = theirs(made.gradients)
+    for name, parameter in tower.named_parameters():
+        assert parameter.grad is not None
+        away = (mine[name] - parameter.grad).norm() / parameter.grad.norm().clamp(min=1e-6)
+        assert float(away) < (1e-4 if "k_proj.bias" not in name else 1), name  # softmax forgets a key's bias
+    assert mine.keys() == {name for name, _ in tower.named_parameters()}
+
+
+def test_projected_features_are_transformers(made: Made) -> None:
+    from types import SimpleNamespace
+
+    like = SimpleNamespace(
+        vision_config=SimpleNamespace(hidden_size=VISION.hidden_size, merge_kernel_size=(2, 2)),
+        projection_hidden_size=VISION.hidden_size,
+        projection_layer_norm_eps=1e-5,
+        text_config=SimpleNamespace(hidden_size=TEXT),
+    )
+    projector = Kimi_K25MultimodalProjection(like)
+    names = {"pre_norm": "pre_norm", "in_proj": "linear_1", "out_proj": "linear_2"}
+    projector.load_state_dict(
+        {f"{a}.{kind}": made.weights[f"multi_modal_projector.{b}.{kind}"]
+         for (a, b), kind in product(names.items(), ("weight", "bias"))}
+    )  # fmt: skip
+    torch.testing.assert_close(made.features, projector(made.cells).view(-1, TEXT), atol=1e-5, rtol=0)
+
+
+def test_an_image_is_the_same_whatever_stands_beside_it(made: Made) -> None:
+    for alone, packed in zip(made.alone, made.features.split([d * a // 4 for d, a in GRIDS]), strict=True):
+        torch.testing.assert_close(alone, packed, atol=1e-5, rtol=1e-5)
+
+
+def test_flops_are_those_that_torch_counts(made: Made) -> None:
+    expected = sum(vision_counts.image_flops(VISION, TEXT).forward(grid) for grid in GRIDS)
+    H, table = VISION.hidden_size, (VISION.pos_emb_height, VISION.pos_emb_width)
+    # Interpolation is left out of the count: rows, then columns.
+    interpolated = sum(2 * H * (d * table[0] * table[1] + d * a * table[1]) for d, a in GRIDS if (d, a) != table)
+    assert made.flops == pytest.approx(expected + interpolated, rel=1e-6)
+
+
+def test_kimi_vl_has_the_published_sizes() -> None:
+    published = vision_counts.parameters(Vision(num_layers=27), 2048)
+    assert published.total == 447_545_840  # the sum of the published checkpoint's 335 tensors
+    kimi = presets.get("kimi_vl_a3b")
+    small = replace(kimi, model=replace(kimi.model, num_layers=1, n_routed_experts=0, first_k_dense_replace=1))
+    without = replace(small, vision=Vision())
+    plain = replace(small.parallel, ep=1)
+    counts = [built.count_rank(replace(config, parallel=plain), 1, 0).dense for config in (small, without)]
+    assert counts[0] - counts[1] == published.total
+
+
+@pytest.mark.parametrize(("cp", "tp"), [(1, 1), (2, 1), (1, 2), (2, 2), (4, 2)])
+def test_every_placeholder_is_given_its_feature_by_the_rank_that_embeds_it(cp: int, tp: int) -> None:
+    rows, seq_len = 2, 32
+    tokens = rows * seq_len
+    grids = torch.tensor([[2, 4], [6, 4], [2, 2], [4, 8]])
+    starts = [1, 12, 31, 50]  # one over the end of a chunk, one at the end of a row
+    sizes = (grids.prod(-1) // 4).tolist()
+    index_M = torch.cat([torch.arange(at, at + n) for at, n in zip(starts, sizes, strict=True)])
+    patches = torch.arange(int(grids.prod(-1).sum())).view(-1, 1, 1, 1).expand(-1, 3, 1, 1)  # each knows its place
+    given = {}
+    for rank in range(cp):
+        bounds = torch.tensor([0, seq_len, tokens], dtype=torch.int32)
+        held = context.cut(rows, seq_len, bounds, rank, cp).index_Q if cp > 1 else None
+        seen = []
+        for number in range(tp):
+            images = images_of(patches, grids, index_M, tokens, held, (number, tp))
+            seen.append(images.patches)
+            cells = images.patches[:, 0, 0, 0].view(-1, 4)[:, 0] // 4  # in this test cell m has patches 4m to 4m + 3
+            mine = held if held is not None else torch.arange(tokens)
+            part = mine.chunk(tp)[number]
+            for feature, place in zip(images.features_F.tolist(), images.places_F.tolist(), strict=True):
+                where = int(part[place])
+                assert where not in given
+                given[where] = int(cells[feature])
+        assert all(torch.equal(seen[0], other) for other in seen)  # as tensor parallelism wants
+    assert given == {int(place): m for m, place in enumerate(index_M)}
+
+
+def test_without_an_image_a_blank_one_stands_in_and_gives_no_feature() -> None:
+    nothing = images_of(torch.zeros(0, 3, 14, 14), torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0).long(), 64)
+    assert nothing.patches.shape == (4, 3, 14, 14) and nothing.grids.tolist() == [[2, 2]]
+    assert nothing.features_F.numel() == nothing.places_F.numel() == 0
+
+
+@pytest.mark.parametrize("parts", [("language_model",), ("vision_tower",), ("vision_tower", "language_model")])
+def test_frozen_parts_stay_and_the_others_train(parts: tuple[str, ...], workers: Workers) -> None:
+    """With the layer's first stage alone holding what trains, too."""
+    for parallel in (Parallel(), Parallel(pp=2)):
+        ranks = workers.run(2, frozen, parts, parallel)
+        moved = {name: change for rank in ranks for name, change in rank.items()}
+        for name, change in moved.items():
+            owner = name.partition(".")[0]
+            part = owner if owner in ("vision_tower", "multi_modal_projector") else "language_model"
+            assert (change == 0) == (part in parts), (name, change, parallel)
