@@ -97,6 +97,7 @@ def start_here(job: Job, agent: subprocess.Popen[bytes] | None = None) -> int:
 
 def describe(config: Config, world: int, run_dir: Path) -> str:
     """The resolved run as text: config, layout, counts."""
+    from perilune.pretrain.plan import vision_counts
     from perilune.pretrain.plan.counts import table
     from perilune.pretrain.plan.ranks import rank_table
     from perilune.pretrain.plan.stages import picture
@@ -112,6 +113,7 @@ def describe(config: Config, world: int, run_dir: Path) -> str:
             f"layout: {mesh.describe()}, data-parallel {mesh.dp}, copies of each expert {mesh.expert_dp}",
             "",
             table(config.model, config.data.seq_len),
+            *([vision_counts.table(config.vision, config.model.hidden_size)] if config.vision.num_layers else []),
             "",
             rank_table(config, world),
             *(["", picture(config.model, config.parallel, config.vision)] if mesh.pp > 1 else []),

@@ -45,6 +45,11 @@ class Checkpoint:
         files.check_files(self.path, self.manifest, names if hashed else names.keys() & {METADATA, files.CONFIG})
         self._metadata = read_metadata(self.path, files.sizes_of(self.manifest))
         self.config = self._config()
+        if self.config.vision.num_layers:
+            raise InputError(
+                f"{self.path} is of a model with a vision tower (vision.num_layers={self.config.vision.num_layers}); "
+                "such a one cannot be exported, evaluated or asked yet: only `train` knows it"
+            )
         self.tensors: dict[str, Tensor] = tensors(self.config.model)
         self._stored = stored_shapes(self._metadata)
         self._held: dict[MetadataIndex, torch.Tensor] = {}

@@ -12,10 +12,10 @@ from perilune.pretrain.plan.counts import flops_per_token
 from perilune.pretrain.plan.vision_counts import image_flops
 from perilune.pretrain.schema import Model, Parallel, Vision
 
-_NO_VISION = Vision()
+NO_VISION = Vision()
 
 
-def stages_of(model: Model, parallel: Parallel, vision: Vision = _NO_VISION) -> tuple[Stage, ...]:
+def stages_of(model: Model, parallel: Parallel, vision: Vision = NO_VISION) -> tuple[Stage, ...]:
     """The pp x vpp chunks in the order that a token passes them; chunk c is on pipeline rank c % pp.
 
     Raises InputError where the layers are too few for them, or the layout does not hold exactly this model.
@@ -23,18 +23,18 @@ def stages_of(model: Model, parallel: Parallel, vision: Vision = _NO_VISION) -> 
     return stage_map(model, parallel, vision).stages
 
 
-def layout_of(model: Model, parallel: Parallel, vision: Vision = _NO_VISION) -> str | None:
+def layout_of(model: Model, parallel: Parallel, vision: Vision = NO_VISION) -> str | None:
     """The layout string that Megatron-core builds `stages_of` from; None without a pipeline. Raises as `stages_of`."""
     return stage_map(model, parallel, vision).layout if parallel.pp > 1 else None
 
 
-def picture(model: Model, parallel: Parallel, vision: Vision = _NO_VISION) -> str:
+def picture(model: Model, parallel: Parallel, vision: Vision = NO_VISION) -> str:
     """The stage map as text, a line each pipeline rank, and of what the costs are. Raises as `stages_of`."""
     drawn = stage_map(model, parallel, vision).describe(work_of(model, vision))
     return f"{drawn} (forward, rows of {model.max_position_embeddings})"
 
 
-def stage_map(model: Model, parallel: Parallel, vision: Vision = _NO_VISION) -> StageMap:
+def stage_map(model: Model, parallel: Parallel, vision: Vision = NO_VISION) -> StageMap:
     """The map that `parallel.layout` gives, or the balanced one. Raises as `stages_of`."""
     layers, mtp, layout = model.num_layers, model.num_nextn_predict_layers, parallel.layout
     if layout is None and parallel.pp * parallel.vpp == 1:
@@ -48,7 +48,7 @@ def stage_map(model: Model, parallel: Parallel, vision: Vision = _NO_VISION) -> 
 
 
 @lru_cache(maxsize=64)
-def work_of(model: Model, vision: Vision = _NO_VISION) -> Work:
+def work_of(model: Model, vision: Vision = NO_VISION) -> Work:
     """What each part costs in forward FLOPs a token of a row as long as the model takes; the look-up of embeddings, 0.
 
     With the embedding stand tower and projector, which a row costs by `vision.token_share` and not by its own images.

@@ -38,6 +38,17 @@ def parameters(vision: Vision, text_hidden: int) -> VisionCount:
     return VisionCount(embedding + vision.num_layers * block + 2 * H, projector)
 
 
+def per_rank(vision: Vision, text_hidden: int, tp: int) -> int:
+    """Elements of both on a rank of the first pipeline stage: matrices are split over tp, as their outer biases are."""
+    if not vision.num_layers:
+        return 0
+    H, F, L, merged = vision.hidden_size, vision.intermediate_size, vision.num_layers, vision.merge_size**2
+    blocks = L * (3 * H * H + 3 * H + H * H + H * F + F + F * H)
+    projector = merged * H * merged * H + merged * H + merged * H * text_hidden
+    split = blocks + projector
+    return parameters(vision, text_hidden).total - split + split // tp
+
+
 @dataclass(frozen=True)
 class ImageFlops:
     """Forward FLOPs of one image of P patches: `patch` P + `square` P^2."""
@@ -66,3 +77,14 @@ def image_flops(vision: Vision, text_hidden: int) -> ImageFlops:
     return ImageFlops(
         patch=2.0 * (pixels * H + vision.num_layers * block + projector), square=4.0 * vision.num_layers * H
     )
+
+
+def table(vision: Vision, text_hidden: int) -> str:
+    """Parameters, and FLOPs of an image of 512 x 512 pixels, a line each, as `counts.table`."""
+    count, flops, side = parameters(vision, text_hidden), image_flops(vision, text_hidden), 2 * (512 // 28 + 1)
+    rows = [
+        ("vision tower", count.tower),
+        ("projector", count.projector),
+        (f"FLOPs an image of {side} x {side} patches, forward", flops.forward((side, side))),
+    ]
+    return "\n".join(f"{name:<44}{value:>24,.0f}" for name, value in rows)

@@ -28,6 +28,8 @@ LAYOUTS = {
         32,
     ),
     "moonlight": (plain("moonlight_16b_a3b", tp=2, pp=1, ep=8), 8),
+    "Kimi-VL, its tower split over 2": (plain("kimi_vl_a3b", tp=2, pp=1, ep=8), 8),
+    "Kimi-VL, its tower in the first of 4 stages": (plain("kimi_vl_a3b", tp=1, pp=4, ep=2), 8),
     "deepseek_v3 balanced over 16 x 2, last chunk empty": (plain("deepseek_v3", vpp=2, ep=1, layout=None), 16),
     "moonlight, 27 layers balanced over 4 x 2": (plain("moonlight_16b_a3b", tp=1, pp=4, vpp=2, ep=1), 4),
     "moonlight balanced over 8, no MTP, last chunk empty": (plain("moonlight_16b_a3b", tp=1, pp=8, ep=1), 8),
@@ -49,7 +51,9 @@ def test_the_balanced_ones_have_such_chunks() -> None:
 def test_counts_equal_the_built_model_on_every_stage(layout: str) -> None:
     config, world = LAYOUTS[layout]
     for stage in range(config.parallel.pp):
-        assert count_rank(config, world, stage) == parameters_per_rank(config.model, config.parallel, stage), stage
+        assert count_rank(config, world, stage) == parameters_per_rank(
+            config.model, config.parallel, stage, config.vision
+        ), stage
 
 
 @pytest.mark.parametrize(
