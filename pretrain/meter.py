@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from functools import cache
 
 import torch
 
 from perilune.parallel import precision
+from perilune.pretrain.data.batch import PackedBatch
 from perilune.pretrain.plan.counts import flops_per_token
+from perilune.pretrain.plan.vision_counts import image_flops
 from perilune.pretrain.schema import Config
 from perilune.pretrain.timetable import StepPlan
 
@@ -43,11 +46,12 @@ def peak(dtype: torch.dtype) -> tuple[str, float | None]:
 class Meter:
     """Speed of a step: tokens a second of the whole run, MFU, and how long it waited for data."""
 
-    def __init__(self, config: Config, world: int) -> None:
+    def __init__(self, config: Config, world: int, dp: int) -> None:
         peak_name, peak_rate = peak(precision.dtype(config.precision.compute))
         self.name = f"MFU of {peak_name}"
         self._seq_len = config.data.seq_len
         self._flops = flops_per_token(config.model, config.data.seq_len).training
+        self._image, self._dp = image_flops(config.vision, config.model.hidden_size), dp
         self._peak = peak_rate * world if peak_rate else None
 
     def start(self) -> None:
@@ -56,13 +60,15 @@ class Meter:
     def data_ready(self) -> None:
         self._data_wait = time.perf_counter() - self._began
 
-    def figures(self, todo: StepPlan) -> dict[str, float | None]:
+    def figures(self, todo: StepPlan, batches: Sequence[PackedBatch]) -> dict[str, float | None]:
+        """Of the step just done; `batches` are this rank's, whose images stand for those of all data-parallel ranks."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        rate = todo.rows * self._seq_len / (time.perf_counter() - self._began)
+        seconds, tokens = time.perf_counter() - self._began, todo.rows * self._seq_len
+        images = self._dp * sum(self._image.training((d, a)) for batch in batches for d, a in batch.grids.tolist())
         return {
             "lr": todo.lr,
-            "tokens_per_s": rate,
-            "mfu": rate * self._flops / self._peak if self._peak else None,
+            "tokens_per_s": tokens / seconds,
+            "mfu": (tokens * self._flops + images) / seconds / self._peak if self._peak else None,
             "data_wait_s": self._data_wait,
         }

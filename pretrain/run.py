@@ -46,7 +46,7 @@ def run(config: Config, run_dir: Path, world: int, *, init_from: Path | None = N
     vital_signs.beat("loading")
     step, state = _position(run_dir, net, optim, stream, init_from)
     plan = Timetable(config, mesh.dp)
-    meter = Meter(config, world)
+    meter = Meter(config, world, mesh.dp)
 
     with ExitStack() as stack:
         stack.callback(stream.close)
@@ -77,7 +77,7 @@ def run(config: Config, run_dir: Path, world: int, *, init_from: Path | None = N
                 result = train_step(net, optim, batches, next_token, todo, clip=config.optim.clip,
                                     stop=stop.asked or saver.failed, before_update=saver.before_update)  # fmt: skip
             step, state = step + 1, stream.advance(state, todo.rows)
-            figures = meter.figures(todo)
+            figures = meter.figures(todo, batches)
             if config.valid.every and (step % config.valid.every == 0 or step == plan.total_steps):
                 vital_signs.beat("validating", step)
                 log.validated(*_validate(config, net, stream, mesh.dp))
