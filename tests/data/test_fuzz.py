@@ -35,7 +35,7 @@ from perilune.pretrain.data.sources import documents
 from perilune.pretrain.data.storage import open_store
 from perilune.pretrain.errors import InputError
 from perilune.vision.image_header import ImageRule, image_size
-from perilune.vision.images import verify_image
+from perilune.vision.images import decode, verify_image
 
 SHARD_WORDS = [
     b"\x93NUMPY\x01\x00", b"\x93NUMPY\x02\x00", b"'<u2'", b"'|O' ", b"'<f8'", b"(8,)", b"(9,)", b"(-1)",
@@ -222,7 +222,7 @@ def test_image_headers(ending: str) -> None:
         if width * height > 1 << 20:  # allowed, but seconds to decode thousands of
             continue
         try:
-            assert verify_image(data)[1:] == (width, height)
+            assert verify_image(data)[1:] == (width, height) == decode(data)[1].size
             outcomes["decoded"] += 1
         except ValueError:
             outcomes["damaged"] += 1

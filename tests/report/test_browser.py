@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from browsers import needs_browser, open_browser, requests, show
 from report_runs import EXPERTS, LAYERS, write_run
 
 from perilune.pretrain.report import page
 
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(
-    not (CHROMIUM and DRIVER), reason="needs a browser and its driver: apt-get install chromium chromium-driver"
-)
+pytestmark = needs_browser
 LINE_PLOTS = 11
 
 # What a curve shows: its path leads somewhere, or it has dots. What a heat map shows: more than one colour.
@@ -40,21 +36,8 @@ return [...document.querySelectorAll('figure')].map(figure => {
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(CHROMIUM)
-    profile = tmp_path_factory.mktemp("profile")
-    for word in ("headless=new", "disable-gpu", "disable-background-networking", "no-first-run", "hide-scrollbars",
-                 f"user-data-dir={profile}", "window-size=1200,900"):  # fmt: skip
-        options.add_argument(f"--{word}")
-    if os.geteuid() == 0:
-        options.add_argument("--no-sandbox")  # chromium refuses to start as root with it
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(str(DRIVER)))
-    driver.set_script_timeout(120)
-    yield driver
-    driver.quit()
+    with open_browser(tmp_path_factory.mktemp("profile")) as driver:
+        yield driver
 
 
 @pytest.fixture(scope="module")
@@ -69,11 +52,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     ]
 
 
-def _open(browser: Any, file: Path) -> None:
-    browser.get_log("browser"), browser.get_log("performance")
-    browser.get(file.as_uri())
-
-
 def _settle(browser: Any) -> None:
     """Until the page has heard of another width or other colours: a browser tells it with the next frame."""
     browser.execute_async_script("requestAnimationFrame(() => requestAnimationFrame(arguments[0]))")
@@ -83,9 +61,7 @@ def _assert_quiet(browser: Any, file: Path) -> None:
     """Nothing on the console, no figure failed, and nothing asked for but the page."""
     assert browser.get_log("browser") == []
     assert browser.execute_script("return document.documentElement.dataset.fault ?? null") is None
-    messages = [json.loads(line["message"])["message"] for line in browser.get_log("performance")]
-    asked = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
-    assert set(asked) <= {file.as_uri(), "data:,"}
+    assert requests(browser) <= {file.as_uri()}
 
 
 def _assert_drawn(browser: Any, line_plots: int, curves: int, heat_maps: int) -> list[dict[str, Any]]:
@@ -105,7 +81,7 @@ def _assert_drawn(browser: Any, line_plots: int, curves: int, heat_maps: int) ->
 
 def test_every_figure_of_a_run_is_drawn(browser: Any, runs: list[Path]) -> None:
     file = page.write_report(runs[0])
-    _open(browser, file)
+    show(browser, file)
     _assert_drawn(browser, LINE_PLOTS, curves=13, heat_maps=1 + LAYERS)
     marks = browser.execute_script("return ['.skip', '.start', '.band'].map(c => document.querySelectorAll(c).length)")
     assert marks == [LINE_PLOTS, LINE_PLOTS, 11]  # bands: not where each bucket is one step, as in validation
@@ -116,7 +92,7 @@ def test_every_figure_of_a_run_is_drawn(browser: Any, runs: list[Path]) -> None:
 
 def test_every_figure_of_a_comparison_is_drawn_and_runs_can_be_hidden(browser: Any, runs: list[Path]) -> None:
     file = page.write_report(runs[0], runs[1:], runs[0].parent / "comparison.html")
-    _open(browser, file)
+    show(browser, file)
     _assert_drawn(browser, LINE_PLOTS, curves=26, heat_maps=2 * (1 + LAYERS))
     assert browser.execute_script("return document.querySelectorAll('i:not([class])[style], main i > *').length") == 0
     boxes = browser.find_elements("css selector", "#runs input")
@@ -133,7 +109,7 @@ def test_zoom_tooltip_smoothing_tokens_and_logarithm(browser: Any, runs: list[Pa
     from selenium.webdriver.support.ui import Select
 
     file = page.write_report(runs[0])
-    _open(browser, file)
+    show(browser, file)
     plot = browser.find_element("css selector", "figure .drawing svg")
     ActionChains(browser).move_to_element(plot).perform()
     tip = browser.find_element("id", "tip").text
@@ -170,7 +146,7 @@ def test_zoom_tooltip_smoothing_tokens_and_logarithm(browser: Any, runs: list[Pa
 
 def test_dark_narrow_and_printed(browser: Any, runs: list[Path]) -> None:
     file = page.write_report(runs[0])
-    _open(browser, file)
+    show(browser, file)
     look = "return [document.body, document.querySelector('figure')].map(e => getComputedStyle(e).backgroundColor)"
     colours = "return document.querySelector('[data-load] canvas').toDataURL()"
     light, map_light = browser.execute_script(look), browser.execute_script(colours)
@@ -194,7 +170,7 @@ def test_dark_narrow_and_printed(browser: Any, runs: list[Path]) -> None:
 @pytest.mark.parametrize("steps", [0, 1, 2])
 def test_the_first_steps_are_shown(browser: Any, tmp_path: Path, steps: int) -> None:
     file = page.write_report(write_run(tmp_path / "run", steps, planned=10))
-    _open(browser, file)
+    show(browser, file)
     figures = browser.execute_script(DRAWN)
     assert len(figures) == (LINE_PLOTS - 2 + 1 + LAYERS if steps else 0)  # not validated yet
     assert all(figure["drawn"] > 0 and all(width > 3 for width in figure["curves"]) for figure in figures)
@@ -222,7 +198,7 @@ def test_a_run_of_nulls_and_one_of_zeros_make_no_error(browser: Any, tmp_path: P
     )
     for runs in ([nulls], [zeros], [nulls, zeros]):
         file = page.write_report(runs[0], runs[1:], tmp_path / "out.html")
-        _open(browser, file)
+        show(browser, file)
         figures = browser.execute_script(DRAWN)
         assert figures and not any("NaN" in figure["labels"] for figure in figures)
         _assert_quiet(browser, file)
@@ -232,6 +208,6 @@ def test_a_figure_that_fails_is_named(browser: Any, tmp_path: Path) -> None:
     """So that the tests above can fail: a page with damaged data says so, on the page and on the console."""
     file = page.write_report(write_run(tmp_path / "run", 5))
     file.write_text(file.read_text().replace('"maxVio":', '"maxVia":'))
-    _open(browser, file)
+    show(browser, file)
     assert "could not be drawn" in browser.find_element("id", "fault").text
     assert [line["level"] for line in browser.get_log("browser")] == ["SEVERE"]

@@ -12,6 +12,7 @@ import numpy as np
 from perilune.pretrain.data.manifest import TOKEN_BYTES, write_manifest
 from perilune.pretrain.data.packing import Piece, plan
 from perilune.pretrain.data.shard import Row, ShardWriter, token_dtype
+from perilune.vision.image_header import ImageRule
 
 
 def lognormal_lengths(documents: int, median: int = 600, sigma: float = 1.2, seed: int = 0) -> list[int]:
@@ -45,8 +46,15 @@ def random_rows(pieces: Iterable[Sequence[int]], vocab_size: int, seed: int = 0)
         )
 
 
-def write_dataset(folder: Path, rows: Iterable[Row], seq_len: int, vocab_size: int, rows_per_shard: int = 256) -> Path:
-    """`rows` as a packed dataset in `folder`."""
+def write_dataset(
+    folder: Path,
+    rows: Iterable[Row],
+    seq_len: int,
+    vocab_size: int,
+    rows_per_shard: int = 256,
+    images: ImageRule | None = None,
+) -> Path:
+    """`rows` as a packed dataset in `folder`; `images` where some have images."""
     folder.mkdir(parents=True)
     writer = ShardWriter(folder, rows_per_shard)
     for row in rows:
@@ -64,7 +72,7 @@ def write_dataset(folder: Path, rows: Iterable[Row], seq_len: int, vocab_size: i
             "tokens": count * seq_len,
             "tokenizer": {"fingerprint": "random", "vocab_size": vocab_size},
             "token_bytes": {"name": TOKEN_BYTES, "sha256": hashlib.sha256(table.getvalue()).hexdigest()},
-            "images": None,
+            "images": images.to_dict() if images else None,
             "shards": writer.shards,
         },
     )
