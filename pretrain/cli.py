@@ -369,11 +369,16 @@ def recompute(ctx: click.Context, preset: str, overrides: tuple[str, ...], as_js
     metavar="N",
     help="Leave out layouts of more processes; they may be more than the cores.",
 )
+@click.option(
+    "--model",
+    metavar="NAME",
+    help="Only this model: base, mtp2, no-mtp, moonlight, dense, yarn, whole-rows, or vlm, whose rows have images.",
+)
 @click.option("--out", type=FOLDER, default=Path("parity"), show_default=True, help="Folder for the pages.")
 @click.option("--only", metavar="WORDS", help="Only layouts whose name has all these words, as in 'tp2 cp2'.")
 @click.option("--dry-run", is_flag=True, help="List the layouts.")
 @click.pass_context
-def parity(ctx: click.Context, max_procs: int, out: Path, only: str | None, dry_run: bool) -> None:
+def parity(ctx: click.Context, max_procs: int, model: str | None, out: Path, only: str | None, dry_run: bool) -> None:
     """Train a small model in every layout, and compare each with one process.
 
     Losses, expert counts, router biases, every gradient and every weight's update after three steps, in fp32, from the
@@ -384,11 +389,11 @@ def parity(ctx: click.Context, max_procs: int, out: Path, only: str | None, dry_
     Examples:
       perilune parity --max-procs 2
       perilune parity --only 'tp2 pp2'
-      perilune parity --dry-run
+      perilune parity --model vlm --dry-run
     """
     from perilune.pretrain.parity.command import parity_command
 
-    ctx.exit(parity_command(max_procs, out, only, dry_run))
+    ctx.exit(parity_command(max_procs, out, model, only, dry_run))
 
 
 @main.command(short_help="All of it once, small.")

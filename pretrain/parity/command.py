@@ -14,15 +14,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from perilune.parallel.workers import Workers
 from perilune.pretrain.errors import InputError
-from perilune.pretrain.parity import layouts
+from perilune.pretrain.parity import fixture, layouts
 
 if TYPE_CHECKING:
     from perilune.pretrain.parity.matrix import Result
 
 
-def parity_command(max_procs: int, out: Path, only: str | None, dry_run: bool) -> int:
+def parity_command(max_procs: int, out: Path, model: str | None, only: str | None, dry_run: bool) -> int:
     """Run the matrix; 0 if every layout is within tolerance, else 1."""
     cases = layouts.matrix(max_procs)
+    if model is not None:
+        if model not in fixture.NAMES:
+            raise InputError(f"--model {model}: the models that are compared are {', '.join(fixture.NAMES)}")
+        cases = [case for case in cases if case.fixture == model]
     if only is not None:
         words = set(only.split())
         cases = [case for case in cases if words <= set(case.name.split())]
@@ -45,6 +49,7 @@ def parity_command(max_procs: int, out: Path, only: str | None, dry_run: bool) -
     console = Console(stderr=True)
     results: list[Result] = []
     command = "perilune parity" + (f" --max-procs {max_procs}" if max_procs != 8 else "")
+    command += f" --model {model}" if model else ""
     command += f" --only '{only}'" if only else ""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     size = max(case.world for case in cases)
