@@ -144,7 +144,7 @@ def _rgb(image: Image.Image, data: bytes) -> Image.Image:
             image.info["transparency"] = key
         paper = Image.new("RGBA", image.size, (PAPER, PAPER, PAPER, 255))
         return Image.alpha_composite(paper, image.convert("RGBA")).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _key(image: Image.Image, data: bytes) -> int | tuple[int, ...] | None:
