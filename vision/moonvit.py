@@ -142,7 +142,6 @@ def _bicubic(size: int, target: int) -> torch.Tensor:
     return F.interpolate(unit, size=(target, 1), mode="bicubic", align_corners=False)[0, :, :, 0].T.contiguous()
 
 
-@lru_cache(maxsize=1024)
 def _angles(down: int, across: int, dim: int, theta: float) -> torch.Tensor:
     """[down * across, dim] of 2-D RoPE: frequency i turns pair 2i by the column, pair 2i + 1 by the row."""
     frequencies = theta ** (-torch.arange(0, dim, 4, dtype=torch.float64) / dim)
@@ -165,8 +164,18 @@ class MoonViT(MegatronModule):
         """Features [M, 4, H] of normalized `patches` [P, 3, 14, 14]; `grids` [I, 2] are patches (down, across).
 
         The last axis but one holds the 2 x 2 patches of a cell, row by row, as the projector concatenates them.
+        Raises ValueError for grids that are not of these patches, or that 2 x 2 cells do not fill.
         """
         sizes = [(int(down), int(across)) for down, across in grids.tolist()]
+        if patches.shape[0] != sum(down * across for down, across in sizes):
+            raise ValueError(
+                f"{patches.shape[0]} patches for images of {sizes} patches (down, across): "
+                "give the patches of each image, all of them and no others"
+            )
+        if odd := [size for size in sizes if size[0] % 2 or size[1] % 2 or not min(size)]:
+            raise ValueError(
+                f"images of {odd} patches (down, across) are not whole 2 x 2 cells: fill them up to even sides"
+            )
         hidden_P1H = self.patch_embed(patches, sizes)[:, None]
         dim = self.vision.hidden_size // self.vision.num_attention_heads
         angles = torch.cat([_angles(*size, dim, self.vision.rope_theta) for size in sizes]).to(hidden_P1H.device)
