@@ -159,6 +159,7 @@ class MoonViT(MegatronModule):
         self.vision = config.vision
         self.patch_embed = PatchEmbedding(config.vision, config.dtype)
         self.encoder = TransformerBlock(mc, _block(mc.num_layers), pre_process=True, post_process=True)
+        self.encoder.to(config.dtype)  # torch's LayerNorm, as Megatron-core wraps it, is fp32 whatever `params_dtype`
 
     def forward(self, patches: torch.Tensor, grids: torch.Tensor) -> torch.Tensor:
         """Features [M, 4, H] of normalized `patches` [P, 3, 14, 14]; `grids` [I, 2] are patches (down, across).

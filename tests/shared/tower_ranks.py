@@ -77,13 +77,13 @@ def run(recompute: str = "none") -> Run:
     return Run(features.detach(), gradients, sum(kept.values()))
 
 
-def published() -> list[tuple[int, ...]]:
-    """Shapes of the parameters of MoonViT-SO-400M and its projector to Moonlight, none of them allocated."""
+def published(dtype: torch.dtype) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and type of each parameter of MoonViT-SO-400M and its projector to Moonlight, none of them allocated."""
     mesh = Mesh(world=1)
     meshes.start(mesh, timeout_s=60)
     with torch.device("meta"):
-        config = VisionConfig(Vision(num_layers=27), 2048, mesh)
-        return [tuple(p.shape) for part in (MoonViT(config), Projector(config)) for p in part.parameters()]
+        config = VisionConfig(Vision(num_layers=27), 2048, mesh, dtype)
+        return [(tuple(p.shape), p.dtype) for part in (MoonViT(config), Projector(config)) for p in part.parameters()]
 
 
 def refused(patches: int, grids: list[tuple[int, int]]) -> str:

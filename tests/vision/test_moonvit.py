@@ -53,10 +53,12 @@ def test_recomputed_blocks_give_the_same_numbers_and_keep_little(one: Run, worke
     assert again.kept < one.kept / 2
 
 
-def test_the_published_tower_and_projector_are_335_tensors(workers: Workers) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_published_tower_and_projector_are_335_tensors_of_one_type(dtype: torch.dtype, workers: Workers) -> None:
     """As many as the hub's checkpoint has, since fused q, k and v are one tensor there too."""
-    shapes = workers.run(1, tower_ranks.published)[0]
+    shapes, types = zip(*workers.run(1, tower_ranks.published, dtype)[0], strict=True)
     assert len(shapes) == 335 and sum(map(math.prod, shapes)) == 447_545_840
+    assert set(types) == {dtype}
 
 
 @pytest.mark.parametrize(("down", "across"), [(4, 6), (6, 4), (2, 12), (16, 3), (1, 1)])
