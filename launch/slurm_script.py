@@ -228,6 +228,11 @@ def _sbatch_lines(job: Job, placement: Placement) -> list[str]:
     table |= {"cpus-per-task": str(cores)} if job.threads else {}
     table |= {"gpus-per-node": str(job.gpus_per_node)} if job.gpus_per_node else {}
     if job.time_s:
+        if job.time_s <= placement.signal_before:
+            raise JobError(
+                f"--time of {job.time_s} s with --signal-before {placement.signal_before}: every job would be asked to "
+                "end as soon as it begins; give it more time, or a shorter notice"
+            )
         minutes = -(-job.time_s // 60)
         table["time"] = f"{minutes // 1440}-{minutes // 60 % 24:02d}:{minutes % 60:02d}:00"
     for name in ("partition", "account", "qos", "exclude"):

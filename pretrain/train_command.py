@@ -156,12 +156,11 @@ def _check_data(config: Config) -> None:
     """Open every dataset of the run once, so that one that cannot be used is refused before anything starts."""
     from perilune.pretrain.data.stream import open_dataset, open_stream, remote_of
 
-    depth, vocabulary = config.model.num_nextn_predict_layers, config.model.vocab_size
-    open_stream(
-        dataclasses.replace(config.data, workers=0), config.train.seed, depth=depth, vocab_size=vocabulary
-    ).close()
+    depth, vocabulary, vision = config.model.num_nextn_predict_layers, config.model.vocab_size, config.vision
+    data = dataclasses.replace(config.data, workers=0)
+    open_stream(data, config.train.seed, depth=depth, vocab_size=vocabulary, vision=vision).close()
     if config.valid.every:
-        open_dataset(str(config.valid.path), config.data.seq_len, vocabulary, remote_of(config.data)).close()
+        open_dataset(str(config.valid.path), data.seq_len, vocabulary, remote_of(data), vision).close()
 
 
 def _world_of_environment() -> int | None:

@@ -132,6 +132,9 @@ def test_sweeps_and_times_that_cannot_be_are_refused() -> None:
     for bad in ("12", "1:00", "00:61:00"):
         with pytest.raises(JobError, match="--time"):
             slurm_script.seconds(bad)
+    job = Job(("train",), Path("/runs/a"), folder=Path("/"), time_s=120)
+    with pytest.raises(JobError, match="as soon as it begins"):
+        slurm_script.script(job, Placement(signal_before=120), Path("/job.sh"))
     with pytest.raises(JobError, match="have one folder"):
         slurm_script.tasks_of((("a", ("x/y", "x*y")),))
 
