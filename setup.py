@@ -48,9 +48,11 @@ setup(
     extras_require={
         "s3": ["s3fs"],
         "gs": ["gcsfs"],
+        "glyphs": ["matplotlib"],  # its fonts, for `demo:glyphs`
         # Transformer Engine: install all of it or none; the core wheel alone breaks `import megatron.core`.
         "gpu": ["transformer-engine[pytorch,core_cu13]==2.17.1", "flash-attn-4>=4.0.0b36"],
         "dev": [
+            "matplotlib",
             "transformers>=5.23,<6",
             "pytest>=8",
             "pytest-timeout",

@@ -27,8 +27,9 @@ def tokenizer() -> None:
 def tokenizer_train(out: Path, vocab_size: int, sources: tuple[str, ...]) -> None:
     """Train a byte-level BPE tokenizer on SRC.
 
-    SRC is a file, a folder, a glob (.txt .md .py, .jsonl[.gz|.zst], .parquet), or demo:stdlib, the source of the
-    running Python's standard library. The same sources give the same tokenizer.
+    SRC is a file, a folder, a glob (.txt .md .py, .jsonl[.gz|.zst], .parquet, .tar), or demo:stdlib, the source of the
+    running Python's standard library, or demo:glyphs, drawn characters with their names. The same sources give the same
+    tokenizer.
 
     \b
     Examples:
@@ -54,7 +55,7 @@ def tokenizer_train(out: Path, vocab_size: int, sources: tuple[str, ...]) -> Non
     metavar="PART",
     default=0.0,
     show_default=True,
-    help="Part of the documents held out for validation; demo:stdlib has its own held-out files.",
+    help="Part of the documents held out for validation; demo:stdlib and demo:glyphs hold out their own.",
 )
 @click.option(
     "--shuffle",
@@ -103,9 +104,9 @@ def tokenizer_train(out: Path, vocab_size: int, sources: tuple[str, ...]) -> Non
 def pack(out: Path, tokenizer: Path, seq_len: int, sources: tuple[str, ...], **options: Any) -> None:
     """Turn SRC into rows of exactly --seq-len tokens, in WebDataset tar shards.
 
-    SRC is a file, a folder or a glob, here or behind fsspec (s3://, gs://, https://): text (.txt .md .py),
-    .jsonl[.gz|.zst], .parquet, WebDataset .tar of image-text pairs or interleaved documents, a Megatron dataset
-    (.idx beside .bin); or demo:stdlib.
+    SRC is a file, a folder or a glob, here or behind fsspec (s3://, gs://, https://): text (.txt .md .py), a Megatron
+    dataset (.idx beside .bin), or text and image-text documents as .jsonl[.gz|.zst], .parquet or WebDataset .tar;
+    demo:stdlib; or demo:glyphs[:documents=N], pictures of characters and words with their names.
 
     Documents are cut to fill a row, never padded, and the rows remember where each one begins. Where a part is held out
     the folder holds `train` and `valid`, and a run that is given `train` finds `valid` beside it. The same command
@@ -115,6 +116,7 @@ def pack(out: Path, tokenizer: Path, seq_len: int, sources: tuple[str, ...], **o
     Examples:
       perilune pack --out packed --tokenizer tok --seq-len 512 demo:stdlib
       perilune pack --out packed --tokenizer tok --seq-len 4096 --valid-fraction 0.01 'corpus/*.parquet'
+      perilune pack --out glyphs --tokenizer tok --seq-len 512 demo:glyphs:documents=5000
       perilune pack --out packed --tokenizer tok --seq-len 8192 --max-patches 16384 s3://bucket/pairs/
     """
     from perilune.pretrain import secrets

@@ -55,6 +55,17 @@ def open_path(path: str) -> BinaryIO:
         raise InputError(f"{path}: cannot be opened: {error.strerror or error}") from error
 
 
+def decode(data: bytes, source: str) -> str:
+    """UTF-8 as text, byte for byte. Raises InputError naming the first byte that is none."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{source}: not UTF-8 (byte {data[error.start]:#04x} at offset {error.start}). "
+            "Convert it, for example with `iconv -f latin1 -t utf-8`, or leave it out"
+        ) from error
+
+
 def describe(file: SourceFile) -> dict[str, Any]:
     """The file's name and size for a manifest, and its SHA-256, or for a remote file the version its store tells.
 

@@ -1,11 +1,11 @@
 """Where documents come from: SRC of the command line -> documents, in one fixed order, each with an id and a split.
 
 A SRC is a file, a folder (searched downwards), a glob, each on this machine or behind fsspec (s3://, gs://, https://),
-or `demo:stdlib`. What a document is, by ending:
+`demo:stdlib`, or `demo:glyphs` (`demo_glyphs`). What a document is, by ending:
 
     .txt .md .py            the file
-    .jsonl[.gz|.zst]        one line: an object with a string `text`
-    .parquet                one row: a string column `text`
+    .jsonl[.gz|.zst]        one line: an object with a string `text`, or texts and images' paths (`source_jsonl`)
+    .parquet                one row: a string column `text`, and images in a column `image` (`source_parquet`)
     .tar                    one WebDataset sample: an image-text pair or an interleaved document (`source_tar`)
     .idx, .bin              one document of a Megatron dataset, its tokens as they are (`source_tokens`)
 
@@ -17,25 +17,31 @@ by line, and a line beyond the limit is an error before it is held.
 from __future__ import annotations
 
 import glob
-import gzip
 import hashlib
-import io
-import json
 import os
 import sysconfig
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
-from perilune.pretrain.data.source_file import MAX_DOCUMENT_BYTES, SourceFile, Split, describe, open_path, token_file
+from perilune.pretrain.data import source_file
+from perilune.pretrain.data.demo_glyphs import (
+    GLYPHS,
+    describe_glyphs,
+    glyph_files,
+    glyph_records,
+    is_glyph_spec,
+    is_glyphs,
+)
+from perilune.pretrain.data.source_file import MAX_DOCUMENT_BYTES, SourceFile, Split, decode, token_file
+from perilune.pretrain.data.source_jsonl import json_lines
+from perilune.pretrain.data.source_parquet import parquet_rows
 from perilune.pretrain.data.source_tar import tar_samples
 from perilune.pretrain.data.source_tokens import token_documents
-from perilune.pretrain.data.source_zstd import Zstd
 from perilune.pretrain.data.storage import is_url
 from perilune.pretrain.errors import InputError
 
@@ -51,7 +57,6 @@ DEMO = "demo:stdlib"
 DEMO_VALID_FRACTION = 0.05  # of the standard library's files, by the hash of their path
 DEMO_SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
-MAX_ROW_GROUP_BYTES = 1 << 32  # uncompressed bytes of a Parquet row group's text column
 Part = str | bytes | np.ndarray  # text, an encoded image, or token ids
 
 
@@ -73,24 +78,25 @@ def find_files(specs: Sequence[str]) -> list[SourceFile]:
     Raises InputError where a SRC finds nothing, or names a file whose ending is not known.
     """
     if not specs:
-        raise InputError(f"no source: name files, folders, globs or {DEMO}")
+        raise InputError(f"no source: name files, folders, globs, {DEMO} or {GLYPHS}")
     files: dict[str, SourceFile] = {}
     for spec in specs:
         for file in _find(spec):
-            files.setdefault(file.path if is_url(file.path) else str(Path(file.path).resolve()), file)
+            made = is_url(file.path) or is_glyphs(file)
+            files.setdefault(file.path if made else str(Path(file.path).resolve()), file)
     return list(files.values())
 
 
 def has_held_out_files(specs: Sequence[str]) -> bool:
     """Whether a SRC brings its own held-out files."""
-    return DEMO in specs
+    return any(spec == DEMO or is_glyph_spec(spec) for spec in specs)
 
 
 def documents(specs: Sequence[str], split: Split | None = None, valid_fraction: float = 0.0) -> Iterator[Document]:
     """All documents of `specs`, or those of one split. Empty ones, which hold no token, are left out.
 
     `valid_fraction` of the documents, by the hash of their text (so equal documents never straddle the splits), are
-    `valid`; the files of `demo:stdlib` are split file by file whatever the fraction.
+    `valid`; `demo:stdlib` is split file by file and `demo:glyphs` by what is drawn, whatever the fraction.
     """
     return read_files(find_files(specs), split, valid_fraction)
 
@@ -118,6 +124,11 @@ def read_placed(
                 yield number, record, Document(source, parts, own)
 
 
+def describe(file: SourceFile) -> dict[str, Any]:
+    """`source_file.describe`, or for what is made on the fly the versions that decide what it is."""
+    return describe_glyphs(file) if is_glyphs(file) else source_file.describe(file)
+
+
 def held_out_bytes(spec: str) -> bytes:
     """The held-out documents of `spec` end to end, as `xz` would see them beside the model's bits per byte."""
     if spec != DEMO:
@@ -128,8 +139,10 @@ def held_out_bytes(spec: str) -> bytes:
 def _find(spec: str) -> list[SourceFile]:
     if spec == DEMO:
         return _standard_library()
+    if is_glyph_spec(spec):
+        return glyph_files(spec)
     if spec.startswith("demo:"):
-        raise InputError(f"{spec}: the only demo source is {DEMO}")
+        raise InputError(f"{spec}: the demo sources are {DEMO} and {GLYPHS}")
     if is_url(spec) and not spec.startswith("file://"):
         return _find_remote(spec)
     local = spec.removeprefix("file://")
@@ -234,119 +247,27 @@ def _ending(name: str) -> str | None:
 def _records(file: SourceFile) -> Iterator[tuple[str, tuple[Part, ...]]]:
     """(document id, parts) of one file; no parts where a record is empty."""
     ending = _ending(file.ending_of)
-    if ending == ".tar":
+    if is_glyphs(file):
+        yield from glyph_records(file)
+    elif ending == ".tar":
         with file.open() as stream:
             yield from tar_samples(stream, file.name)
     elif ending == ".idx":
         for source, ids in token_documents(file):
             yield source, (ids,) if ids.size else ()
-    else:
-        for source, text in _texts(file, ending):
-            yield source, (text,) if text else ()
-
-
-def _texts(file: SourceFile, ending: str | None) -> Iterator[tuple[str, str]]:
-    if ending in PLAIN:
-        with file.open() as stream:
-            data = stream.read(MAX_DOCUMENT_BYTES + 1)
-        if len(data) > MAX_DOCUMENT_BYTES:
-            raise InputError(f"{file.name}: {file.size()} bytes in one document; the limit is {MAX_DOCUMENT_BYTES}. "
-                             "Cut it up")  # fmt: skip
-        yield file.name, _decode(data, file.name)
     elif ending == ".parquet":
-        yield from _parquet(file)
+        yield from parquet_rows(file)
+    elif ending in LINES:
+        yield from json_lines(file, ending)
     else:
-        with file.open() as raw:
-            yield from _lines(raw, ending, file.name)
+        text = _plain(file)
+        yield file.name, (text,) if text else ()
 
 
-def _lines(raw: BinaryIO, ending: str | None, name: str) -> Iterator[tuple[str, str]]:
-    import zstandard
-
-    stream: Any = raw
-    if ending == ".jsonl.gz":
-        stream = io.BufferedReader(gzip.GzipFile(fileobj=raw))
-    elif ending == ".jsonl.zst":
-        stream = io.BufferedReader(Zstd(raw))
-    number = 0
-    try:
-        while line := stream.readline(MAX_DOCUMENT_BYTES + 1):
-            number += 1
-            source = f"{name}:{number}"
-            if len(line) > MAX_DOCUMENT_BYTES:
-                raise InputError(f"{source}: a line beyond the limit of {MAX_DOCUMENT_BYTES} bytes. Cut it up")
-            if not line.isspace():
-                yield source, _json_text(line, source)
-    except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
-        raise InputError(f"{name}: cannot be unpacked after line {number}: {error}. Fetch or pack it again") from error
-
-
-def _json_text(line: bytes, source: str) -> str:
-    try:
-        value = json.loads(_decode(line, source))
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{source}: not a line of JSON: {error}") from error
-    text = value.get("text") if isinstance(value, dict) else None
-    if not isinstance(text, str):
-        found = f"an object with {sorted(value)}" if isinstance(value, dict) else f"a {type(value).__name__}"
-        raise InputError(f"{source}: {found:.200}; the line must be an object with a string `text`")
-    return _encodable(text, source)
-
-
-def _parquet(file: SourceFile) -> Iterator[tuple[str, str]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with open_path(file.path) as stream, pyarrow.parquet.ParquetFile(stream) as table:
-            schema = table.schema_arrow
-            if "text" not in schema.names:
-                raise InputError(f"{file.name}: columns {schema.names}; a string column `text` is needed")
-            kind = schema.field("text").type
-            if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-                raise InputError(f"{file.name}: the column `text` is {kind}; it must be a string")
-            leaves = [table.schema.column(i).path for i in range(len(table.schema))]
-            row = 0
-            for group in range(table.num_row_groups):
-                size = table.metadata.row_group(group).column(leaves.index("text")).total_uncompressed_size
-                if size > MAX_ROW_GROUP_BYTES:
-                    raise InputError(
-                        f"{file.name}: row group {group} unpacks to {size} bytes of text; the limit is "
-                        f"{MAX_ROW_GROUP_BYTES}. Write it with smaller row groups"
-                    )
-                for batch in table.iter_batches(1024, row_groups=[group], columns=["text"]):
-                    for value in batch.column(0):
-                        row += 1
-                        yield f"{file.name}:{row}", _parquet_text(value, f"{file.name}:{row}")
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{file.name}: not a Parquet file that can be read: {error}") from error
-
-
-def _parquet_text(value: Any, source: str) -> str:
-    if not value.is_valid:
-        return ""
-    data = value.as_buffer().to_pybytes()
+def _plain(file: SourceFile) -> str:
+    with file.open() as stream:
+        data = stream.read(MAX_DOCUMENT_BYTES + 1)
     if len(data) > MAX_DOCUMENT_BYTES:
-        raise InputError(f"{source}: {len(data)} bytes in one document; the limit is {MAX_DOCUMENT_BYTES}. Cut it up")
-    return _decode(data, source)
-
-
-def _decode(data: bytes, source: str) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{source}: not UTF-8 (byte {data[error.start]:#04x} at offset {error.start}). "
-            "Convert it, for example with `iconv -f latin1 -t utf-8`, or leave it out"
-        ) from error
-
-
-def _encodable(text: str, source: str) -> str:
-    """JSON's \\u escapes can spell half a surrogate pair, which no UTF-8 can hold."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise InputError(f"{source}: half a surrogate pair at character {error.start}: not Unicode text") from error
-    return text
+        raise InputError(f"{file.name}: {file.size()} bytes in one document; the limit is {MAX_DOCUMENT_BYTES}. "
+                         "Cut it up")  # fmt: skip
+    return decode(data, file.name)

@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from perilune.pretrain.data import sources
+from perilune.pretrain.data import source_jsonl
 from perilune.pretrain.data.source_zstd import Zstd
 from perilune.pretrain.data.sources import documents, find_files, held_out_bytes
 from perilune.pretrain.errors import InputError
@@ -66,14 +66,14 @@ def test_bad_input_names_the_file_and_the_rule(tmp_path: Path, name: str, data: 
 
 @pytest.mark.parametrize("spec", ["missing.txt", "none*.txt", "demo:other"])
 def test_a_source_that_finds_nothing_is_an_error(tmp_path: Path, spec: str) -> None:
-    with pytest.raises(InputError, match=r"no such file|no file matches|only demo source"):
+    with pytest.raises(InputError, match=r"no such file|no file matches|the demo sources are"):
         find_files([spec if ":" in spec else str(tmp_path / spec)])
     with pytest.raises(InputError, match="no file below"):
         find_files([str(tmp_path)])
 
 
 def test_a_decompression_bomb_is_refused_before_it_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "MAX_DOCUMENT_BYTES", 1 << 16)
+    monkeypatch.setattr(source_jsonl, "MAX_DOCUMENT_BYTES", 1 << 16)
     bomb = b'{"text": "' + b"a" * (1 << 24) + b'"}\n'
     for name, data in {"x.jsonl.gz": gzip.compress(bomb), "x.jsonl.zst": zstandard.compress(bomb)}.items():
         (tmp_path / name).write_bytes(data)
