@@ -181,7 +181,7 @@ def classes() -> list[str]:
 
 @cache
 def characters() -> tuple[str, ...]:
-    """All characters that are drawn alone, by code point."""
+    """All characters that are drawn alone, in the order of their code points."""
     composed = (unicodedata.normalize("NFC", letter + mark) for letter in LETTERS for mark in MARKS)
     found = {c for c in composed if len(c) == 1 and c not in UNLIKE_THEIR_NAME}
     return tuple(sorted(found | set(LETTERS + OTHERS)))
@@ -216,7 +216,7 @@ def is_held_out(text: str) -> bool:
 
 def draw(picture: Picture) -> bytes:
     """The picture as a PNG of LEVELS colours between paper and ink."""
-    from PIL import Image, ImageDraw, ImageFont
+    from PIL import Image, ImageDraw
 
     room = picture.width - 2 * MARGIN, picture.height - 2 * MARGIN
     size = _largest(picture.text, picture.font, room) * picture.fill
@@ -225,7 +225,6 @@ def draw(picture: Picture) -> bytes:
     x = MARGIN + picture.across * max(0, room[0] - (right - left)) - left
     y = MARGIN + picture.down * max(0, room[1] - (bottom - top)) - top
     image = Image.new("L", (picture.width, picture.height))
-    assert isinstance(font, ImageFont.FreeTypeFont)
     ImageDraw.Draw(image).text((int(x), int(y)), picture.text, 255, font)
     return _png((np.asarray(image, np.uint16) * (LEVELS - 1) + 127) // 255, picture.paper, picture.ink)
 
