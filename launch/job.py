@@ -9,6 +9,7 @@ it went, what happened, the ranks' heartbeats, stacks and failures. `perilune jo
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import sys
@@ -21,7 +22,9 @@ PREEMPTED, BAD_INPUT = 75, 2  # exit codes of `perilune train`: a checkpoint is 
 SECRET = re.compile(
     r"(?i)(^|_)(token|secret|password|passwd|passphrase|credentials?|(api|access|private|secret)?_?key)($|_)"
 )
-CREDENTIAL = re.compile(r"://[^/@\s]*:[^/@\s]+@")  # in a URL, as of a proxy
+CREDENTIAL = re.compile(r"://[^/@\s]*:[^/@\s]+@|://[^/@\s]{20,}@")  # in a URL: user:password@, or a token alone
+# What launchers tell each process, and nobody else can.
+_OURS = re.compile(r"(LOCAL_)?RANK|(LOCAL_)?WORLD_SIZE|MASTER_(ADDR|PORT)|PERILUNE_.*")
 
 
 class JobError(ValueError):
@@ -66,7 +69,20 @@ class Job:
             )
         if not self.run_dir.is_absolute() or not self.folder.is_absolute():
             raise JobError(f"run_dir={self.run_dir}, folder={self.folder}: a node needs absolute paths")
+        for name in ("hang_s", "start_s"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise JobError(f"{name}={getattr(self, name)}: a number of seconds")
+        for mount in self.mounts:
+            if ":" not in mount:
+                raise JobError(f"mount {mount!r}: SOURCE:TARGET, as in /data:/data:ro")
+        if any(CREDENTIAL.search(text) for text in (self.image, *self.mounts)):
+            raise JobError(
+                "the image's URL carries a credential, which would be written into scripts and records; log in where "
+                "the image is fetched (enroot and Apptainer have files of their own for that)"
+            )
         for name, value in self.env.items():
+            if _OURS.fullmatch(name):
+                raise JobError(f"env {name}: the launcher tells it each process itself; leave it out")
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) or "\n" in value or "\0" in value:
                 raise JobError(f"env {name!r}: a name has letters, digits and _, a value is one line")
             if SECRET.search(name) or CREDENTIAL.search(value):

@@ -21,8 +21,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from perilune.launch.job import Job, JobError, Papers
-from perilune.launch.judge import exits_file
+from perilune.launch.job import BAD_INPUT, Job, JobError, Papers
+from perilune.launch.judge import cause, exits_file
+from perilune.launch.launchers import refuse_second
 from perilune.launch.supervise import supervise
 
 _GONE_S = 10.0  # killed processes are waited for this long
@@ -70,12 +71,13 @@ def run(job: Job, agent: subprocess.Popen[bytes] | None = None) -> int:
     def say(text: str) -> None:
         # Nobody asked for restarts: the failed rank's own lines have said it all, but for a hang, which has none. Nor
         # is there more to say of what the user must change.
-        if attempts and (attempts[-1].killed or (job.restarts and attempts[-1].code != 2)):
+        last = attempts[-1] if attempts else None
+        if last and (last.killed or (job.restarts and not last.refused())):
             print(f"perilune: {text}", file=sys.stderr, flush=True)
 
     with _asked() as asked:
         try:
-            _refuse_second(papers)
+            refuse_second(papers)
             papers.write(job, where())
             return supervise(job, papers, start, available=lambda: 1, asked=lambda: len(asked), say=say)
         finally:
@@ -123,7 +125,7 @@ class _Attempt:
     def __init__(self, job: Job, papers: Papers, number: int, agent: subprocess.Popen[bytes]) -> None:
         self.code: int | None = None
         self.killed = False
-        self._papers, self._agent = papers, agent
+        self._papers, self._agent, self._number = papers, agent, number
         self._exits = exits_file(papers, number)
         self._ranks: dict[int, str] = {}  # process id -> when it started
         papers.logs.mkdir(parents=True, exist_ok=True)
@@ -172,6 +174,11 @@ class _Attempt:
         self._agent.kill()  # its ranks follow it, the stopped ones too
         self._agent.wait()
         self.poll()
+
+    def refused(self) -> bool:
+        """Whether it ended for an error of the user's, which its one line has told."""
+        found = cause(self._papers, self._number) if self.code == BAD_INPUT else None
+        return self.code == BAD_INPUT and (found is None or found.kind == "bad_input")
 
     def _wait_for_ranks(self) -> None:
         """Until the kernel has ended those that the agent left, who may have been killed itself."""
@@ -255,18 +262,6 @@ def cancel(where: dict[str, Any], now: bool) -> None:
 def _is_there(where: dict[str, Any]) -> bool:
     """Whether that very process runs: a process id is used again, one with the time of its start in one boot is not."""
     return bool(where["started"]) and where.get("boot") == _boot() and _started(int(where["pid"])) == where["started"]
-
-
-def _refuse_second(papers: Papers) -> None:
-    try:
-        _, other = papers.read()
-    except JobError:
-        return
-    if other.get("launcher") == "local" and other.get("pid") != os.getpid() and state(other) == "running":
-        raise JobError(
-            f"{papers.run_dir} is being trained already, by process {other['pid']}: wait, end it by `perilune jobs "
-            f"cancel {papers.run_dir}`, or name another --run"
-        )
 
 
 def _started(pid: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import ipaddress
 import json
 import os
@@ -19,6 +20,7 @@ from urllib.parse import urlsplit
 
 from perilune.launch import local
 from perilune.launch.job import Job, JobError, Papers
+from perilune.launch.launchers import refuse_second
 from perilune.launch.ray_driver import QUIET, own_cluster, stop_file
 
 _ANSWER_S = 15.0
@@ -63,7 +65,9 @@ def run(job: Job, address: str | None, *, insecure: bool, wait: bool) -> int:
     Raises JobError for a cluster that does not answer, refuses, or takes jobs from anybody.
     """
     papers = Papers(job.run_dir)
-    _refuse_second(papers)
+    if importlib.util.find_spec("ray") is None:
+        raise JobError("Ray is missing here: pip install 'ray[default]', or start the run by another launcher")
+    refuse_second(papers)
     if address is None and not wait:
         raise JobError("--no-wait needs --address: a cluster of this machine for one run ends with this command")
     client = _client(address, insecure) if address else None
@@ -171,8 +175,8 @@ def _client(address: str, insecure: bool) -> Any:
     """Of the job API. Raises JobError for an address that is none, or that lets anybody run programs."""
     parts = urlsplit(address)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.password:
-        raise JobError(f"--address {parts.scheme}://{parts.hostname or ''}: the job server, as http://head:8265, "
-                       "without user or password")  # fmt: skip
+        shown = address if "@" not in address else f"{parts.scheme}://...@{parts.hostname}"
+        raise JobError(f"--address {shown}: the job server, as http://head:8265, without user or password")
     if not insecure and not _loopback(parts.hostname) and _takes_anybody(address):
         raise JobError(
             f"{address} is beyond this machine and asks for no token, so that anybody who reaches it runs programs "
@@ -206,16 +210,6 @@ def _loopback(host: str) -> bool:
         return all(ipaddress.ip_address(found[4][0]).is_loopback for found in socket.getaddrinfo(host, None))
     except (OSError, ValueError):
         return False
-
-
-def _refuse_second(papers: Papers) -> None:
-    try:
-        _, other = papers.read()
-    except JobError:
-        return
-    if other.get("launcher") == "ray" and (there := state(other)) in ("running", "pending"):
-        raise JobError(f"{papers.run_dir} is {there} on Ray already: wait, end it by `perilune jobs cancel "
-                       f"{papers.run_dir}`, or name another --run")  # fmt: skip
 
 
 def _line(error: BaseException) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 from perilune.launch import slurm_script
 from perilune.launch.job import Job, JobError, Papers
+from perilune.launch.launchers import refuse_second
 from perilune.launch.slurm_script import Placement
 
 _WAIT_S = 60.0  # for an answer of Slurm's
@@ -38,16 +39,23 @@ def describe(job: Job, placement: Placement, file: Path) -> str:
 
 
 def submit(job: Job, placement: Placement, file: Path) -> list[str]:
-    """Write the script and submit it; returns the job numbers. Raises JobError with what Slurm said."""
+    """Write the script and submit it; returns the job numbers. Raises JobError with what Slurm said.
+
+    Where Slurm takes no job, what is recorded of an earlier launch stays.
+    """
     for one in runs_of(job, placement):
-        _refuse_second(Papers(one.run_dir))
+        refuse_second(Papers(one.run_dir))
     text = slurm_script.script(job, placement, file)
-    (job.run_dir / "launch").mkdir(parents=True, exist_ok=True)
-    file.parent.mkdir(parents=True, exist_ok=True)
     new = file.with_suffix(".new")
-    new.write_text(text, encoding="utf-8")
-    new.chmod(0o755)
-    os.replace(new, file)
+    try:
+        (job.run_dir / "launch").mkdir(parents=True, exist_ok=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        new.write_text(text, encoding="utf-8")
+        new.chmod(0o755)
+        os.replace(new, file)
+    except OSError as error:
+        raise JobError(f"{file} cannot be written: {error}") from error
+    kept = _kept([Papers(one.run_dir) for one in (*runs_of(job, placement), job)])
     for one in runs_of(job, placement):  # before the job can start
         Papers(one.run_dir).write(one, {"launcher": "slurm", "jobs": []})
         (Papers(one.run_dir).folder / "outcome").unlink(missing_ok=True)
@@ -61,9 +69,18 @@ def submit(job: Job, placement: Placement, file: Path) -> list[str]:
             for index, one in enumerate(runs_of(job, placement)):
                 names = [f"{number}_{index}" for number in numbers] if placement.sweep else numbers
                 Papers(one.run_dir).write(one, {"launcher": "slurm", "jobs": names})
+        else:
+            for path, content in kept.items():
+                path.unlink(missing_ok=True) if content is None else path.write_bytes(content)
     if placement.sweep:  # so that `perilune jobs` can be asked about all of them together
         Papers(job.run_dir).write(job, {"launcher": "slurm", "jobs": numbers})
     return numbers
+
+
+def _kept(papers: list[Papers]) -> dict[Path, bytes | None]:
+    """What an earlier launch recorded; None for what is not there."""
+    paths = [path for one in papers for path in (one.job, one.where, one.folder / "outcome")]
+    return {path: path.read_bytes() if path.exists() else None for path in paths}
 
 
 def state(where: dict[str, Any]) -> str:
@@ -98,18 +115,6 @@ def cancel(where: dict[str, Any], now: bool) -> None:
         _slurm(["scancel", *waiting])
     if running:
         _slurm(["scancel", *([] if now else ["--signal=TERM", "--batch"]), *running])
-
-
-def _refuse_second(papers: Papers) -> None:
-    try:
-        _, other = papers.read()
-    except JobError:
-        return
-    if other.get("launcher") == "slurm" and (is_there := state(other)).startswith(("running", "pending")):
-        raise JobError(
-            f"{papers.run_dir} has Slurm's job {', '.join(other['jobs'])}, {is_there}: wait, end it by `perilune jobs "
-            f"cancel {papers.run_dir}`, or name another --run"
-        )
 
 
 def _queue(jobs: list[str]) -> list[tuple[str, str, str]]:

@@ -47,6 +47,13 @@ class Site:
         lines = tuple(setup.splitlines() if isinstance(setup, str) else setup)
         if not all(isinstance(line, str) and "\n" not in line for line in lines):
             raise JobError(f"{file}: setup={setup!r}: a list of shell lines")
+        for line in lines:
+            for name in re.findall(r"([A-Za-z_][A-Za-z0-9_]*)=(?![\"']?\$)\S", line):
+                if SECRET.search(name):
+                    raise JobError(
+                        f"{file}: setup sets {name}, named like a secret, which would be written into the script; "
+                        "export it where you submit, and the job inherits it"
+                    )
         tables = {key: _table(file, key, found.get(key) or {}) for key in ("env", "sbatch", "srun")}
         texts = [*lines, *(value for table in tables.values() for value in table.values())]
         if any(CREDENTIAL.search(text) for text in texts):
@@ -221,6 +228,7 @@ def _sbatch_lines(job: Job, placement: Placement) -> list[str]:
     fewest = job.min_nodes or job.nodes
     table = {
         "job-name": job.name,
+        "chdir": str(job.folder),
         "nodes": str(job.nodes) if fewest == job.nodes else f"{fewest}-{job.nodes}",
         "ntasks-per-node": str(job.procs_per_node if placement.per == "process" else 1),
     }

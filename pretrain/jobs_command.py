@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import time
 from pathlib import Path
 from typing import Any
 
 from perilune.launch import judge as judging
+from perilune.launch import launchers
 from perilune.launch.job import Job, JobError, Papers
 from perilune.launch.watch import Watch, read_beat
 from perilune.pretrain.errors import InputError
 
-LAUNCHERS = {"local": "local", "slurm": "slurm", "ray": "ray_jobs"}  # name in `Papers.where` -> module of launch/
 _HUNG = 3  # exit code of `jobs watch`
 
 
@@ -152,6 +151,7 @@ def cancel(run_dir: Path, now: bool) -> int:
     """`perilune jobs cancel`; returns the exit code. Raises InputError where nothing runs."""
     papers, _, where = _papers(run_dir)
     try:
+        papers.folder.joinpath("cancelled").touch()  # for a Slurm script that is being ended for another reason too
         launcher(where).cancel(where, now)
     except JobError as error:
         raise InputError(str(error)) from error
@@ -191,11 +191,11 @@ def judge(run_dir: Path, attempt: int, code: int, restarts: int | None, as_json:
 
 
 def launcher(where: dict[str, Any]) -> Any:
-    """The module of the launcher that started a run: its `state(where)` and `cancel(where, now)`."""
-    name = where.get("launcher", "")
-    if name not in LAUNCHERS:
-        raise InputError(f"launched by {name!r}, which is none of {', '.join(LAUNCHERS)}")
-    return importlib.import_module(f"perilune.launch.{LAUNCHERS[name]}")
+    """As `launchers.launcher`. Raises InputError."""
+    try:
+        return launchers.launcher(where)
+    except JobError as error:
+        raise InputError(str(error)) from error
 
 
 def _papers(run_dir: Path) -> tuple[Papers, Job, dict[str, Any]]:

@@ -57,6 +57,9 @@ def job_of(given: Asked, *, nodes: tuple[int, int], procs_per_node: int, options
         rules.check(given.config, world)
         counts = [n * procs_per_node for n in range(fewest, most + 1)]
         worlds = tuple(count for count in counts if _fits(given.config, count))
+    for pair in options["env"]:
+        if "=" not in pair:
+            raise InputError(f"--env {pair!r}: write NAME=VALUE")
     env = dict(pair.partition("=")[::2] for pair in options["env"])
     try:
         return Job(
@@ -117,8 +120,7 @@ def launch_slurm(**options: Any) -> int:
     from perilune.pretrain import train_command as here
 
     given = asked(options["arguments"])
-    if given.config is not None:
-        here.ready(given.config)
+    config = given.config and here.ready(given.config)
     gpus = options["gpus_per_node"]
     more: dict[str, Any] = {"gpus_per_node": gpus, "image": options["image"], "mounts": tuple(options["mounts"])}
     more |= {"program": ("perilune",)} if options["image"] else {}
@@ -143,13 +145,17 @@ def launch_slurm(**options: Any) -> int:
             site=slurm_script.Site.read(options["site"]) if options["site"] else slurm_script.Site(),
         )
         if placement.sweep:
-            _check_sweep(options["arguments"], given, slurm.runs_of(job, placement), job.world)
+            if given.config is None:
+                raise InputError("--sweep adds key=value to `train`; another command takes none")
+            _check_sweep(slurm.runs_of(job, placement), job.world)
         file = (options["script"] or Papers(job.run_dir).folder / "job.sh").resolve()
         if options["dry_run"]:
             print(
                 slurm.record(job, placement, file, []) if options["as_json"] else slurm.describe(job, placement, file)
             )
             return 0
+        if config is not None and not options["image"]:
+            here.check_data_if_seen(config)
         numbers = slurm.submit(job, placement, file)
     except JobError as error:
         raise InputError(str(error)) from error
@@ -160,10 +166,8 @@ def launch_slurm(**options: Any) -> int:
     return 0
 
 
-def _check_sweep(arguments: tuple[str, ...], given: Asked, runs: list[Job], world: int) -> None:
+def _check_sweep(runs: list[Job], world: int) -> None:
     """Refuse a value that the run could not start with. Raises InputError."""
-    if given.config is None:
-        raise InputError("--sweep adds key=value to `train`; another command takes none")
     for run in runs:
         config = asked(run.arguments).config
         assert config is not None
@@ -188,6 +192,8 @@ def launch_ray(**options: Any) -> int:
     try:
         if config is not None and address is None:
             here.check_here(config, given.run_dir, job.world, gpus, given.init_from)
+        elif config is not None:
+            here.check_data_if_seen(config)
         code = ray_jobs.run(job, address, insecure=options["insecure"], wait=options["wait"])
     except JobError as error:
         raise InputError(str(error)) from error

@@ -152,6 +152,19 @@ def _absolute_path(path: str) -> str:
     return path if is_url(path) else str(Path(path).resolve())
 
 
+def check_data_if_seen(config: Config) -> None:
+    """As for a run that starts here, if its data are here too; else a word that the nodes must see them.
+
+    Raises InputError for data that are here and cannot be used.
+    """
+    paths = [config.data.path, *config.data.blend, config.valid.path if config.valid.every else None]
+    away = [path for path in paths if path is not None and not is_url(path) and not Path(path).exists()]
+    if away:
+        print(f"perilune: {', '.join(away)}: not seen from here; every node must see it there", file=sys.stderr)
+    else:
+        _check_data(config)
+
+
 def _check_data(config: Config) -> None:
     """Open every dataset of the run once, so that one that cannot be used is refused before anything starts."""
     from perilune.pretrain.data.stream import open_dataset, open_stream, remote_of

@@ -276,6 +276,9 @@ def test_exit_code_is_that_of_the_rank_that_failed_first(tmp_path: Path) -> None
 def test_sigterm_is_passed_on_once_and_a_second_run_is_refused_meanwhile(tmp_path: Path) -> None:
     with launched(tmp_path, "") as process:
         up(tmp_path)
+        slurm = ["launch", "slurm", "--", "train", "tiny", "data.path=nowhere", "valid.every=0", "--run", str(tmp_path)]
+        with started(COMMAND, *slurm) as other:  # whichever launcher
+            assert "is being trained already" in finish(other, 2, 30)
         with launched(tmp_path, "") as other:
             assert f"is being trained already, by process {process.pid}" in finish(other, 1, 30)
         process.terminate()

@@ -108,6 +108,7 @@ def test_hostile_values_arrive_as_they_are(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("enviroment: {A: b}", "did you mean 'env'"),
+        ("setup: ['export HF_TOKEN=abc']", "setup sets HF_TOKEN"),
         ("env: {HF_TOKEN: abc}", "HF_TOKEN is named like a secret"),
         ("env: {PROXY: 'http://me:pw@proxy'}", "carries a credential"),
         ("env: {'A B': c}", "is no name of a variable"),
@@ -133,6 +134,14 @@ def test_sweeps_and_times_that_cannot_be_are_refused() -> None:
         with pytest.raises(JobError, match="--time"):
             slurm_script.seconds(bad)
     job = Job(("train",), Path("/runs/a"), folder=Path("/"), time_s=120)
+    for wrong, message in (
+        ({"mounts": ("/data",)}, "SOURCE:TARGET"),
+        ({"image": "docker://u:pw@host/a"}, "credential"),
+        ({"env": {"WORLD_SIZE": "7"}}, "leave it out"),
+        ({"hang_s": float("nan")}, "of seconds"),
+    ):
+        with pytest.raises(JobError, match=message):
+            Job(("train",), Path("/runs/a"), folder=Path("/"), **wrong)  # type: ignore[arg-type]
     with pytest.raises(JobError, match="as soon as it begins"):
         slurm_script.script(job, Placement(signal_before=120), Path("/job.sh"))
     with pytest.raises(JobError, match="have one folder"):
@@ -190,6 +199,8 @@ def test_two_nodes_requeued_and_a_node_lost_equal_an_uninterrupted_run(
     (job,) = launch(slurm, run, "--nodes", "2", "--", *train(packed))
     reaches(run, 2)
     slurm("scancel", "--batch", "--signal=USR1", job)  # what --signal sends before the time limit
+    time.sleep(0.3)
+    slurm("scancel", "--batch", "--signal=TERM", job)  # what comes at the limit itself, if the checkpoint takes so long
     slurm.until(job, "PENDING", "REQUEUED")
     assert len(list((run / "checkpoints").glob("step_*"))) >= 1
     slurm.until(job, "RUNNING")
