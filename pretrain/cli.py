@@ -201,24 +201,34 @@ def report(run_dir: Path, compare: tuple[Path, ...], out: Path | None) -> None:
 @click.option("--out", type=FOLDER, required=True, metavar="HF_DIR", help="Folder to write; must not be there yet.")
 @click.option("--dtype", type=click.Choice(["bf16", "fp32"]), help="Of the tensors.  [default: that of the weights]")
 @click.option(
+    "--format",
+    "names",
+    type=click.Choice(["deepseek_v3", "kimi_vl", "kimi_k25"]),
+    help="Whose names and config.json.  [default: the model's own, kimi_vl with a tower]",
+)
+@click.option(
     "--max-shard-size", default="5GB", show_default=True, metavar="SIZE", help="Of a file: 500MB, 5GB, 4GiB..."
 )
 @click.option("--verify", is_flag=True, help="Load it with transformers and compare logits, before it has its name.")
 @click.pass_context
-def export(ctx: click.Context, source: Path, out: Path, dtype: str | None, max_shard_size: str, verify: bool) -> None:
+def export(
+    ctx: click.Context, source: Path, out: Path, dtype: str | None, names: str | None, max_shard_size: str, verify: bool
+) -> None:
     """Write the newest checkpoint of a run, or a given one, in Hugging Face's layout, with the run's tokenizer.
 
     Streams tensor by tensor: memory for the largest one is enough, however large the model. With --dtype fp32 a bf16
-    run gives its fp32 masters. A model that transformers would compute otherwise is refused with the reason.
+    run gives its fp32 masters. A model with a tower has Kimi-VL's names, or with --format kimi_k25 Kimi-K2.5's, which
+    transformers opens by itself. A model that transformers would compute otherwise is refused with the reason.
 
     \b
     Examples:
       perilune export runs/first --out first-hf --verify
+      perilune export runs/images --out images-hf --format kimi_k25 --verify
       perilune export runs/first/checkpoints/step_00001000 --out hf --dtype bf16 --max-shard-size 10GB
     """
     from perilune.pretrain.hf.commands import export_command
 
-    ctx.exit(export_command(source, out, dtype, max_shard_size, verify))
+    ctx.exit(export_command(source, out, dtype, names, max_shard_size, verify))
 
 
 @main.command("import", short_help="A Hugging Face folder as a checkpoint to start from.")

@@ -83,6 +83,11 @@ def open_model(path: Path, tokenizer: Path | None = None) -> Loaded:
     if checkpoint_of(path) is None:
         raise InputError(neither(path, "a Hugging Face folder (config.json)"))
     checkpoint = Checkpoint(path)
+    if checkpoint.config.vision.num_layers:
+        raise InputError(
+            f"{path} is of a model with a vision tower (vision.num_layers={checkpoint.config.vision.num_layers}); such "
+            "a one cannot be evaluated or asked yet"
+        )
     model = replace(checkpoint.config.model, num_nextn_predict_layers=0)
     net = _build(model, checkpoint.dtype())
     _fill(net, checkpoint.tensors, lambda target, key: target.copy_(checkpoint.read(key)))

@@ -15,11 +15,14 @@ from typing import Any
 
 import torch
 
-from perilune.pretrain.data.manifest import read_manifest
+from perilune.pretrain.data.manifest import image_rule, read_manifest
 from perilune.pretrain.data.tokenizer import load_tokenizer
 from perilune.pretrain.errors import InputError
+from perilune.pretrain.hf.config import ARCHITECTURE
+from perilune.pretrain.hf.config_vision import ARCHITECTURES, Media
 from perilune.pretrain.hf.folder import read_json, write_text
 from perilune.pretrain.hf.source import Checkpoint
+from perilune.vision.image_header import ImageRule
 
 # Data only: a tokenizer that needs its own Python file is not copied.
 _FILES = (
@@ -34,6 +37,7 @@ class TokenizerFiles:
 
     files: tuple[Path, ...] = ()
     ids: dict[str, int | None] = field(default_factory=lambda: dict.fromkeys(("bos", "eos", "pad")))
+    media: Media | None = None  # of images, where the vocabulary has them
     missing: str = ""
 
     def copy_to(self, folder: Path) -> None:
@@ -77,7 +81,20 @@ def tokenizer_of(checkpoint: Checkpoint) -> TokenizerFiles:
             f"the tokenizer {path} has {tokenizer.vocab_size} tokens, the model {checkpoint.config.model.vocab_size}"
         )
     files = tuple(path / name for name in _FILES if (path / name).is_file())
-    return TokenizerFiles(files, {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id})
+    ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
+    media = None if tokenizer.media_pad_id is None else Media(*tokenizer.media_ids())
+    return TokenizerFiles(files, ids, media)
+
+
+def patch_limit(checkpoint: Checkpoint) -> int:
+    """Patches above which the images of the run's data were scaled down; Kimi-VL's where the data is not there."""
+    data = checkpoint.config.data
+    for path in (data.path, *data.blend):
+        if path is not None and (Path(path) / "manifest.json").is_file():
+            rule = image_rule(read_manifest(Path(path)))
+            if rule is not None:
+                return rule.patch_limit
+    return ImageRule.patch_limit
 
 
 def generation_config(tokenizer: TokenizerFiles) -> dict[str, Any]:
@@ -92,7 +109,7 @@ def write(folder: Path, checkpoint: Checkpoint, target: torch.dtype, verdict: st
     parameters = sum(math.prod(t.shape) for t in checkpoint.tensors.values() if t.router or not t.fp32)
     heads = f"{m.num_attention_heads} (MLA, KV latent {m.kv_lora_rank}, query latent {m.q_lora_rank or 'none'})"
     facts = {
-        "Architecture": "`DeepseekV3ForCausalLM`",
+        "Architecture": f"`{ARCHITECTURES.get(checkpoint.names, ARCHITECTURE)}`",
         "Parameters": f"{parameters:,} (embedding and head once each, MTP included, router biases not)",
         "Layers": f"{m.num_layers}, the first {m.first_k_dense_replace} dense; then {m.num_nextn_predict_layers} MTP",
         "Hidden size": f"{m.hidden_size:,}",
@@ -101,6 +118,11 @@ def write(folder: Path, checkpoint: Checkpoint, target: torch.dtype, verdict: st
         "Longest position": f"{m.max_position_embeddings:,}",
         "Tensors": _type_of_tensors(checkpoint, target),
     }
+    if v := config.vision.num_layers and config.vision:
+        facts["Vision tower"] = (
+            f"MoonViT, {v.num_layers} layers, hidden size {v.hidden_size:,}, {v.num_attention_heads} heads, patches of "
+            f"{v.patch_size} pixels, {v.merge_size} x {v.merge_size} to a token"
+        )
     if m.n_routed_experts:
         facts["Experts"] = (
             f"{m.n_routed_experts} routed, {m.num_experts_per_tok} a token, {m.n_shared_experts} shared; "
@@ -131,11 +153,12 @@ def write(folder: Path, checkpoint: Checkpoint, target: torch.dtype, verdict: st
             f"\nMTP (multi-token prediction) lies in {names}: vLLM and SGLang read it for speculative decoding; "
             "transformers leaves it out and may list it as unexpected.\n"
         )
+    task, how = _use(checkpoint.names)
     write_text(
         folder / "README.md",
         f"""---
 library_name: transformers
-pipeline_tag: text-generation
+pipeline_tag: {task}
 ---
 
 # {folder_title(checkpoint)}
@@ -144,13 +167,19 @@ pipeline_tag: text-generation
 |---|---|
 {table}
 {mtp}
-```python
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("this folder", dtype="auto")
-```
+{how}
 """,
     )
+
+
+def _use(names: str) -> tuple[str, str]:
+    """(the hub's name of the task, how the folder is opened)."""
+    if names == "kimi_vl":
+        said = "vLLM and SGLang read this folder by Kimi-VL's names. transformers has no class for it: export with "
+        return "image-text-to-text", said + "`--format kimi_k25` for one that it opens."
+    kind = "AutoModelForCausalLM" if names == "deepseek_v3" else "Kimi_K25ForConditionalGeneration"
+    code = f'from transformers import {kind}\n\nmodel = {kind}.from_pretrained("this folder", dtype="auto")'
+    return "text-generation" if names == "deepseek_v3" else "image-text-to-text", f"```python\n{code}\n```"
 
 
 def _measured(checkpoint: Checkpoint) -> dict[str, str]:

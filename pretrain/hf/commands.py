@@ -16,7 +16,9 @@ from perilune.pretrain.hf.weights import parse_size
 _FAILED = 1
 
 
-def export_command(source: Path, out: Path, dtype: str | None, max_shard_size: str, verify: bool) -> int:
+def export_command(
+    source: Path, out: Path, dtype: str | None, names: str | None, max_shard_size: str, verify: bool
+) -> int:
     """Export, verified if asked for; returns the exit code. Raises InputError for what cannot be exported."""
     if not _first():
         return 0
@@ -25,7 +27,8 @@ def export_command(source: Path, out: Path, dtype: str | None, max_shard_size: s
     from perilune.pretrain.hf.export import export
 
     try:
-        export(source, out, dtype=dtype, max_shard_bytes=size, verified_by=checks.verify if verify else None)
+        verified_by = checks.verify if verify else None
+        export(source, out, dtype=dtype, names=names, max_shard_bytes=size, verified_by=verified_by)
     except checks.VerifyError as error:
         print(f"perilune: error: {error}. Nothing was left at {out}", file=sys.stderr)
         return _FAILED

@@ -15,6 +15,7 @@ import torch
 from perilune.pretrain.errors import InputError
 from perilune.pretrain.hf import card
 from perilune.pretrain.hf.config import config_to_hf
+from perilune.pretrain.hf.config_vision import preprocessor, with_vision
 from perilune.pretrain.hf.folder import new_folder, refuse_existing, write_json
 from perilune.pretrain.hf.source import MASTER, Checkpoint
 from perilune.pretrain.hf.table import Block
@@ -28,27 +29,34 @@ def export(
     out: Path,
     *,
     dtype: str | None = None,
+    names: str | None = None,
     max_shard_bytes: int = 5 * 10**9,
     verified_by: Callable[[Path, Checkpoint, torch.dtype], str] | None = None,
     say: Callable[[str], None] = print,
 ) -> Path:
     """Write the checkpoint (a run's newest) as the Hugging Face folder `out`; returns `out`.
 
-    `dtype` is `fp32` or `bf16` (None: that of the weights); fp32 of a bf16 run are its masters. `verified_by` is given
-    the folder before it has its name: if it raises, there is no folder; what it returns goes into the model card.
+    `names` is the format (None: the model's own, `deepseek_v3`, or `kimi_vl` with a tower; else `kimi_k25`). `dtype`
+    is `fp32` or `bf16` (None: that of the weights); fp32 of a bf16 run are its masters. `verified_by` is given the
+    folder before it has its name: if it raises, there is no folder; what it returns goes into the model card.
     Raises InputError for a checkpoint that is damaged or that transformers would compute otherwise, and for an `out`
     that is there.
     """
     refuse_existing(out)  # before every file is hashed
-    checkpoint = Checkpoint(run_or_checkpoint, hashed=False)
+    checkpoint = Checkpoint(run_or_checkpoint, hashed=False, names=names)
     target = DTYPES[dtype] if dtype else checkpoint.dtype()
     tokenizer = card.tokenizer_of(checkpoint)
     config = config_to_hf(checkpoint.config.model, dtype=str(target).removeprefix("torch."), **tokenizer.ids)
+    if checkpoint.config.vision.num_layers:
+        config = with_vision(config, checkpoint.config.vision, checkpoint.names, tokenizer.media)
     say(f"{checkpoint.path}: writing {target} to {out}, which gets its name if what is read has its hash")
     if tokenizer.missing:
         say(f"no tokenizer in the export: {tokenizer.missing}")
     with new_folder(out) as folder:
         write_json(folder / "config.json", config)
+        if checkpoint.config.vision.num_layers:
+            processor = preprocessor(checkpoint.names, checkpoint.config.vision, card.patch_limit(checkpoint))
+            write_json(folder / "preprocessor_config.json", processor)
         write_json(folder / "generation_config.json", card.generation_config(tokenizer))
         tokenizer.copy_to(folder)
         plan = [(b.theirs, b.shape, torch.float32 if b.fp32 else target)
@@ -72,7 +80,8 @@ def stream(checkpoint: Checkpoint, target: torch.dtype) -> Iterator[tuple[Block,
             if tuple(piece.shape) != shape:
                 raise InputError(f"{checkpoint.path}: {name} is not {list(tensor.shape)}")
             for block in tensor.blocks if shape == tensor.shape else own:
-                yield block, piece[block.index_in_piece].to(torch.float32 if block.fp32 else target)
+                values = block.to_theirs(piece[block.index_in_piece])
+                yield block, values.to(torch.float32 if block.fp32 else target)
 
 
 def names_in(checkpoint: Checkpoint, target: torch.dtype) -> list[str]:

@@ -17,7 +17,7 @@ from perilune.pretrain import config as configs
 from perilune.pretrain.checkpoint_files import CheckpointError
 from perilune.pretrain.checkpoint_metadata import METADATA, read_metadata, stored_shapes
 from perilune.pretrain.errors import InputError
-from perilune.pretrain.hf.table import Tensor, tensors
+from perilune.pretrain.hf.table import FORMATS, Tensor, format_of, tensors
 from perilune.pretrain.schema import Config
 
 MASTER = "optimizer.state.param."  # before the name of a weight: its fp32 master
@@ -27,12 +27,13 @@ _NAMED = 3
 class Checkpoint:
     """A committed checkpoint whose tensors are those of its run's model, no more and no fewer.
 
-    It may lie anywhere: its configuration is in it. Without `hashed`, tensors may be read inside of `hashed_meanwhile`
-    only. Raises InputError (CheckpointError) for a path that is neither, a
-    damaged or hostile file, and tensors that are not the model's of that configuration.
+    It may lie anywhere: its configuration is in it. Blocks have the names of the format `names` (None: the model's
+    own). Without `hashed`, tensors may be read inside of `hashed_meanwhile` only.
+    Raises InputError (CheckpointError) for a path that is neither, a damaged or hostile file, and tensors that are not
+    the model's of that configuration.
     """
 
-    def __init__(self, run_or_checkpoint: Path, *, hashed: bool = True) -> None:
+    def __init__(self, run_or_checkpoint: Path, *, hashed: bool = True, names: str | None = None) -> None:
         found = checkpoint_of(run_or_checkpoint)
         if found is None:
             hint = "; of a Hugging Face folder `perilune import` makes a checkpoint"
@@ -40,17 +41,19 @@ class Checkpoint:
             raise InputError(neither(run_or_checkpoint) + (hint if is_theirs else ""))
         self.path = found
         self.manifest = files.read_manifest(self.path)
-        names = self.manifest["files"]
-        files.check_sizes(self.path, self.manifest, names)
-        files.check_files(self.path, self.manifest, names if hashed else names.keys() & {METADATA, files.CONFIG})
+        held = self.manifest["files"]
+        files.check_sizes(self.path, self.manifest, held)
+        files.check_files(self.path, self.manifest, held if hashed else held.keys() & {METADATA, files.CONFIG})
         self._metadata = read_metadata(self.path, files.sizes_of(self.manifest))
         self.config = self._config()
-        if self.config.vision.num_layers:
+        self.names = names or format_of(self.config.vision)
+        if (self.names == "deepseek_v3") != (not self.config.vision.num_layers):
+            fits = ", ".join(FORMATS[1:]) if self.config.vision.num_layers else FORMATS[0]
             raise InputError(
-                f"{self.path} is of a model with a vision tower (vision.num_layers={self.config.vision.num_layers}); "
-                "such a one cannot be exported, evaluated or asked yet: only `train` knows it"
+                f"--format {self.names}: {self.path} is of a model with vision.num_layers="
+                f"{self.config.vision.num_layers}; its formats are {fits}"
             )
-        self.tensors: dict[str, Tensor] = tensors(self.config.model)
+        self.tensors: dict[str, Tensor] = tensors(self.config.model, self.config.vision, self.names)
         self._stored = stored_shapes(self._metadata)
         self._held: dict[MetadataIndex, torch.Tensor] = {}
         self._check()

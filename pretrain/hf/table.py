@@ -2,7 +2,8 @@
 
 DeepSeek-V3's hub names (experts one by one, MTP layers after the last layer with copies of embedding and head, as the
 published checkpoint's README_WEIGHTS describes them). Read forwards it exports, read backwards it imports; a tensor
-that is not in it does not exist.
+that is not in it does not exist. A model with a tower has Kimi-VL's names besides (`kimi_vl`, as vLLM and SGLang read
+them), or Kimi-K2.5's, which differ in the projector alone and which transformers loads by itself (`kimi_k25`).
 
 Legend: H hidden, V vocabulary, N heads, E experts, F expert FFN.
 """
@@ -12,7 +13,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from perilune.pretrain.schema import Model
+import torch
+
+from perilune.pretrain.schema import Model, Vision
+
+FORMATS = ("deepseek_v3", "kimi_vl", "kimi_k25")
+_PROJECTOR = {  # format -> the hub's names of the projector's parts
+    "kimi_vl": ("multi_modal_projector.pre_norm", "multi_modal_projector.linear_1", "multi_modal_projector.linear_2"),
+    "kimi_k25": ("mm_projector.pre_norm", "mm_projector.proj.0", "mm_projector.proj.2"),
+}
 
 
 @dataclass(frozen=True)
@@ -26,6 +35,25 @@ class Block:
     fp32: bool = False  # stored in fp32 whatever the export's dtype
     router: bool = False  # stored in fp32 beside bf16 weights where it comes so, as transformers 5.24 saves it
     copy: bool = False  # a second copy of a tensor that stands elsewhere: written, checked on import, not read
+    view: tuple[int, ...] = ()  # shape in ours where it differs: the same numbers in the same order
+    heads: int = 0  # of a fused projection: ours has q, k, v head by head, theirs all of q, then all of k, then of v
+
+    @property
+    def shape_of_ours(self) -> tuple[int, ...]:
+        """Of `ours[index]`."""
+        return self.view or self.shape
+
+    def to_theirs(self, ours: torch.Tensor) -> torch.Tensor:
+        """`ours[index]` as theirs has it."""
+        if self.heads:
+            ours = ours.unflatten(0, (self.heads, 3, -1)).transpose(0, 1).flatten(0, 2)
+        return ours.reshape(self.shape)
+
+    def to_ours(self, theirs: torch.Tensor) -> torch.Tensor:
+        """The inverse of `to_theirs`."""
+        if self.heads:
+            theirs = theirs.unflatten(0, (3, self.heads, -1)).transpose(0, 1).flatten(0, 2)
+        return theirs.reshape(self.shape_of_ours)
 
     @property
     def index_in_piece(self) -> tuple[int | slice, ...]:
@@ -33,8 +61,27 @@ class Block:
         return tuple(0 if isinstance(at, int) else at for at in self.index)
 
 
-def blocks(m: Model) -> Iterator[Block]:
-    """Every tensor of a model of this shape, in the order in which files hold them."""
+def format_of(vision: Vision) -> str:
+    """The format of a model unless somebody asks for another."""
+    return "kimi_vl" if vision.num_layers else "deepseek_v3"
+
+
+def blocks(m: Model, vision: Vision | None = None, names: str = "kimi_vl") -> Iterator[Block]:
+    """Every tensor of a model of this shape, in the order in which files hold them; with a tower by `names`."""
+    if vision is None or not vision.num_layers:
+        yield from _decoder(m)
+        return
+    for block in _decoder(m):
+        yield replace(block, theirs=f"language_model.{block.theirs}")
+    yield from _tower(vision)
+    H, merged = vision.hidden_size, vision.merge_size**2 * vision.hidden_size
+    norm, first, second = _PROJECTOR[names]
+    yield from _pair(norm, "multi_modal_projector.pre_norm", (H,))
+    yield from _pair(first, "multi_modal_projector.linear_1", (merged, merged))
+    yield from _pair(second, "multi_modal_projector.linear_2", (m.hidden_size, merged))
+
+
+def _decoder(m: Model) -> Iterator[Block]:
     H, V = m.hidden_size, m.vocab_size
     yield Block("model.embed_tokens.weight", (V, H), "embedding.word_embeddings.weight")
     for layer in range(m.num_layers):
@@ -82,10 +129,10 @@ class Tensor:
             yield (e, *(0,) * rest), (1, *self.shape[1:]), tuple(b for b in own if b.index[0] == e)
 
 
-def tensors(m: Model) -> dict[str, Tensor]:
+def tensors(m: Model, vision: Vision | None = None, names: str = "kimi_vl") -> dict[str, Tensor]:
     """Name -> tensor of a checkpoint of this model, in the order in which `blocks` first mentions them."""
     grouped: dict[str, list[Block]] = {}
-    for block in blocks(m):
+    for block in blocks(m, vision, names):
         grouped.setdefault(block.ours, []).append(block)
     found = {}
     for name, group in grouped.items():
@@ -96,7 +143,7 @@ def tensors(m: Model) -> dict[str, Tensor]:
 
 def _ends(block: Block) -> list[int]:
     """Where the block ends in each dim of its global tensor."""
-    own, ends = list(block.shape), []
+    own, ends = list(block.shape_of_ours), []
     for at in block.index:
         if isinstance(at, int):
             ends.append(at + 1)
@@ -104,6 +151,31 @@ def _ends(block: Block) -> list[int]:
             ends.append(at.stop)
             own.pop(0)
     return ends + own
+
+
+def _tower(v: Vision) -> Iterator[Block]:
+    """MoonViT's (names: facts of the published checkpoint's header)."""
+    H, F, side = v.hidden_size, v.intermediate_size, v.patch_size
+    patches, tower = "vision_tower.patch_embed", "vision_tower.encoder"
+    yield Block(f"{patches}.proj.weight", (H, 3, side, side), f"{patches}.proj.weight", view=(H, 3 * side**2))
+    yield Block(f"{patches}.proj.bias", (H,), f"{patches}.proj.bias")
+    table = (v.pos_emb_height, v.pos_emb_width, H)
+    yield Block(f"{patches}.pos_emb.weight", table, f"{patches}.pos_emb.weight", view=(table[0] * table[1], H))
+    for layer in range(v.num_layers):
+        theirs, ours = f"{tower}.blocks.{layer}", f"{tower}.layers.{layer}"
+        yield from _pair(f"{theirs}.norm0", f"{ours}.input_layernorm", (H,))
+        yield from _pair(f"{theirs}.norm1", f"{ours}.pre_mlp_layernorm", (H,))
+        yield from _pair(f"{theirs}.wqkv", f"{ours}.self_attention.linear_qkv", (3 * H, H), v.num_attention_heads)
+        yield from _pair(f"{theirs}.wo", f"{ours}.self_attention.linear_proj", (H, H))
+        yield from _pair(f"{theirs}.mlp.fc0", f"{ours}.mlp.linear_fc1", (F, H))
+        yield from _pair(f"{theirs}.mlp.fc1", f"{ours}.mlp.linear_fc2", (H, F))
+    yield from _pair(f"{tower}.final_layernorm", f"{tower}.final_layernorm", (H,))
+
+
+def _pair(theirs: str, ours: str, shape: tuple[int, ...], heads: int = 0) -> Iterator[Block]:
+    """Weight and bias."""
+    yield Block(f"{theirs}.weight", shape, f"{ours}.weight", heads=heads)
+    yield Block(f"{theirs}.bias", shape[:1], f"{ours}.bias", heads=heads)
 
 
 def _layer(m: Model, theirs: str, ours: str, expert: bool) -> Iterator[Block]:

@@ -19,8 +19,9 @@ import torch
 
 from perilune.parallel.workers import Workers
 from perilune.pretrain.errors import InputError
-from perilune.pretrain.hf import ours
+from perilune.pretrain.hf import ours, verify_images
 from perilune.pretrain.hf.export import stream
+from perilune.pretrain.hf.folder import read_json
 from perilune.pretrain.hf.source import Checkpoint
 from perilune.pretrain.hf.weights import WeightFolder
 from perilune.pretrain.schema import Model
@@ -65,6 +66,8 @@ def verify(
     if importlib.util.find_spec("transformers") is None:
         raise InputError("--verify needs transformers: pip install 'transformers>=5.23,<6'")
     same_tensors(folder, checkpoint, target)
+    if checkpoint.config.vision.num_layers:
+        return _with_images(folder, checkpoint, workers, say)
     rows = texts(folder, checkpoint.config.model)
     if len(rows) == 1:
         say("no tokenizer in the export: random tokens only are compared, no text")
@@ -84,6 +87,50 @@ def verify(
         f"logits equal transformers' within {worst:.1e} (fp32, {' and '.join(rows)}"
         f"{', MTP included' if found[0].mtp else ''}); no tensor missing, unexpected or misshapen"
     )
+
+
+def _with_images(folder: Path, checkpoint: Checkpoint, workers: Workers | None, say: Callable[[str], None]) -> str:
+    """The same of a model with a tower, over a prompt with two images."""
+    model, vision = checkpoint.config.model, checkpoint.config.vision
+    pad = read_json(folder / "config.json")["media_placeholder_token_id"]
+    asked = verify_images.prompt(model, vision, pad)
+    arguments = (str(folder), model, vision, checkpoint.names, asked)
+    if workers is not None:
+        mine = workers.run(1, ours.answer, *arguments)[0]
+    else:
+        with Workers(1, threads=torch.get_num_threads(), timeout_s=24 * 3600.0) as own:
+            mine = own.run(1, ours.answer, *arguments)[0]
+    with _quiet():
+        theirs = verify_images.transformers_answer(
+            folder, vision, asked, lambda info, net: _complain(folder, info, net.config.text_config, model)
+        )
+    logits = float((mine.logits - theirs.logits).abs().max())
+    cells = float((mine.cells - theirs.cells).abs().max() / theirs.cells.abs().max())
+    say(f"a prompt of {len(asked.ids)} tokens with two images: largest difference {logits:.1e} of logits, {cells:.1e} "
+        "of the tower's features beside the largest")  # fmt: skip
+    if not (logits <= TOLERANCE and cells <= verify_images.FEATURES):
+        raise VerifyError(
+            f"beside transformers' logits differ by {logits:.2e} ({TOLERANCE:.0e} is allowed), the tower's features by "
+            f"{cells:.2e} of the largest ({verify_images.FEATURES:.0e})"
+        )
+    return (
+        f"logits of a prompt with two images equal transformers' within {logits:.1e}, features within {cells:.1e} "
+        "(fp32); no tensor missing, unexpected or misshapen"
+    )
+
+
+def _complain(folder: Path, info: Any, config: Any, model: Model, extra: tuple[str, ...] = ()) -> None:
+    """Raise VerifyError for what transformers found, loading the folder; names that begin with `extra` are known."""
+    complaints = {
+        "missing": set(info["missing_keys"]),
+        "unexpected": {name for name in info["unexpected_keys"] if not name.startswith(extra)},
+        "mismatched": {str(one) for one in info["mismatched_keys"]},
+        "failed": {str(one) for one in info.get("error_msgs") or ()},
+    }
+    if found := {kind: sorted(names)[:3] for kind, names in complaints.items() if names}:
+        raise VerifyError(f"transformers, loading {folder}: {found}")
+    if config.num_hidden_layers != model.num_layers:
+        raise VerifyError(f"{folder}: config.json says {config.num_hidden_layers} layers, not {model.num_layers}")
 
 
 def _difference(name: str, ours: torch.Tensor, theirs: torch.Tensor) -> Difference:
@@ -153,18 +200,7 @@ def transformers_logits(folder: Path, model: Model, rows: list[list[int]]) -> li
             ignore_mismatched_sizes=True,  # a mismatch is in `info` then, with its name
             experts_implementation="eager",  # the others want sizes that are multiples of 16 bytes
         )
-        complaints = {
-            "missing": set(info["missing_keys"]),
-            "unexpected": {name for name in info["unexpected_keys"] if not name.startswith(mtp_layers)},
-            "mismatched": {str(one) for one in info["mismatched_keys"]},
-            "failed": {str(one) for one in info.get("error_msgs") or ()},
-        }
-        if found := {kind: sorted(names)[:3] for kind, names in complaints.items() if names}:
-            raise VerifyError(f"transformers, loading {folder}: {found}")
-        if net.config.num_hidden_layers != model.num_layers:
-            raise VerifyError(
-                f"{folder}: config.json says {net.config.num_hidden_layers} layers, not {model.num_layers}"
-            )
+        _complain(folder, info, net.config, model, mtp_layers)
         net.eval()
         mtp = _mtp_model(net, model)
     with torch.no_grad():

@@ -1,0 +1,119 @@
+"""config.json and preprocessor_config.json of a model with a tower: Kimi-VL's (`kimi_vl`) or Kimi-K2.5's (`kimi_k25`).
+
+Kimi-VL's are those that its published code, vLLM and SGLang read. Of Kimi-K2.5, whose tower reads a single frame as
+Kimi-VL's does, transformers' own classes read one set of keys and the published code another: both are written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from perilune.pretrain.errors import InputError
+from perilune.pretrain.schema import Vision
+
+ARCHITECTURES = {"kimi_vl": "KimiVLForConditionalGeneration", "kimi_k25": "Kimi_K25ForConditionalGeneration"}
+_MEAN = [0.5, 0.5, 0.5]  # and standard deviation, of each colour (perilune.vision.images)
+
+
+@dataclass(frozen=True)
+class Media:
+    """Ids of the tokens around an image, and of its placeholder (Kimi-VL's, by their names in the vocabulary)."""
+
+    start: int
+    content: int
+    end: int
+    pad: int
+
+
+def with_vision(text: dict[str, Any], vision: Vision, names: str, media: Media | None) -> dict[str, Any]:
+    """config.json in the format `names`, of the decoder's own `text` and a tower.
+
+    Raises InputError for a tower that the format's readers would compute otherwise, or without the tokens of images.
+    """
+    for reason in _not_expressible(vision, names):
+        raise InputError(f"this model cannot be written as {names}: {reason}")
+    if media is None:
+        raise InputError(
+            f"this model cannot be written as {names}: the id of the placeholder of images is not known without the "
+            "tokenizer of its data; put the packed dataset and its tokenizer where data.path says"
+        )
+    special = {name: text[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype")}
+    common = {
+        "architectures": [ARCHITECTURES[names]],
+        "model_type": names,
+        "text_config": text,
+        "media_placeholder_token_id": media.pad,
+        "ignore_index": -100,
+        "tie_word_embeddings": False,
+        **special,
+    }
+    merge = [vision.merge_size, vision.merge_size]
+    sizes = {
+        "hidden_size": vision.hidden_size,
+        "intermediate_size": vision.intermediate_size,
+        "num_attention_heads": vision.num_attention_heads,
+        "num_hidden_layers": vision.num_layers,
+        "patch_size": vision.patch_size,
+        "merge_kernel_size": merge,
+    }
+    table = {"height": vision.pos_emb_height, "width": vision.pos_emb_width}
+    if names == "kimi_vl":
+        positions = {f"init_pos_emb_{side}": size for side, size in table.items()}
+        return common | {"vision_config": {"model_type": "moonvit", **sizes, **positions}}
+    published = {f"vt_{name}": sizes[name] for name in list(sizes)[:4]}
+    return common | {
+        "vision_config": {
+            "model_type": "kimi_k25_vision",
+            **sizes,
+            **{f"pos_emb_{side}": size for side, size in table.items()},
+            **{f"init_pos_emb_{side}": size for side, size in table.items()},
+            **published,
+            "hidden_act": "gelu_pytorch_tanh",
+            "rope_parameters": {"rope_type": "axial", "rope_theta": vision.rope_theta},
+            "mm_hidden_size": vision.hidden_size,
+            "text_hidden_size": text["hidden_size"],
+            "projector_ln_eps": vision.layer_norm_eps,
+        },
+        "projection_hidden_size": vision.hidden_size,
+        "projection_layer_norm_eps": vision.layer_norm_eps,
+        "image_token_id": media.pad,
+        "vision_start_token_id": media.start,
+        "vision_end_token_id": media.end,
+        "video_token_id": text["vocab_size"],  # none: beyond the vocabulary
+    }
+
+
+def _not_expressible(v: Vision, names: str) -> Iterator[str]:
+    if v.layer_norm_eps != 1e-5:
+        yield f"vision.layer_norm_eps={v.layer_norm_eps}, and its readers compute with 1e-05 whatever config.json says"
+    if names == "kimi_vl" and v.rope_theta != 10000.0:
+        yield f"vision.rope_theta={v.rope_theta}, and its readers turn by 10000 whatever config.json says"
+    if names == "kimi_k25" and v.pos_emb_height != v.pos_emb_width:
+        yield (
+            f"a table of vision.pos_emb_height={v.pos_emb_height} x vision.pos_emb_width={v.pos_emb_width} positions, "
+            "and transformers interpolates square ones"
+        )
+
+
+def preprocessor(names: str, vision: Vision, patch_limit: int) -> dict[str, Any]:
+    """preprocessor_config.json: how the format's own processor makes the patches that this model was trained on.
+
+    Transparency differs: it is laid over white here, which those processors leave to the caller.
+    """
+    common = {"patch_size": vision.patch_size, "image_mean": _MEAN, "image_std": _MEAN}
+    if names == "kimi_vl":
+        return {
+            "image_processor_type": "KimiVLImageProcessor",
+            **common,
+            "pad_input": True,
+            "in_token_limit": patch_limit,
+            "merge_kernel_size": [vision.merge_size, vision.merge_size],
+        }
+    return {
+        "image_processor_type": "Kimi_K25ImageProcessor",
+        **common,
+        "merge_size": vision.merge_size,
+        "max_patches": patch_limit,
+    }
