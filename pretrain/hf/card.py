@@ -82,8 +82,10 @@ def tokenizer_of(checkpoint: Checkpoint) -> TokenizerFiles:
         )
     files = tuple(path / name for name in _FILES if (path / name).is_file())
     ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
-    media = None if tokenizer.media_pad_id is None else Media(*tokenizer.media_ids())
-    return TokenizerFiles(files, ids, media)
+    if tokenizer.media_pad_id is None:
+        return TokenizerFiles(files, ids)
+    begin, _, end, pad = tokenizer.media_ids()
+    return TokenizerFiles(files, ids, Media(pad, begin, end))
 
 
 def patch_limit(checkpoint: Checkpoint) -> int:

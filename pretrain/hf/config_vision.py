@@ -6,7 +6,7 @@ Kimi-VL's does, transformers' own classes read one set of keys and the published
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +19,11 @@ _MEAN = [0.5, 0.5, 0.5]  # and standard deviation, of each colour (perilune.visi
 
 @dataclass(frozen=True)
 class Media:
-    """Ids of the tokens around an image, and of its placeholder (Kimi-VL's, by their names in the vocabulary)."""
+    """Ids of an image's placeholder and of the tokens around it (Kimi-VL's); None where they are not known."""
 
-    start: int
-    content: int
-    end: int
     pad: int
+    start: int | None = None
+    end: int | None = None
 
 
 def with_vision(text: dict[str, Any], vision: Vision, names: str, media: Media | None) -> dict[str, Any]:
@@ -79,10 +78,55 @@ def with_vision(text: dict[str, Any], vision: Vision, names: str, media: Media |
         "projection_hidden_size": vision.hidden_size,
         "projection_layer_norm_eps": vision.layer_norm_eps,
         "image_token_id": media.pad,
-        "vision_start_token_id": media.start,
-        "vision_end_token_id": media.end,
+        **{
+            f"vision_{mark}_token_id": number
+            for mark, number in (("start", media.start), ("end", media.end))
+            if number is not None
+        },
         "video_token_id": text["vocab_size"],  # none: beyond the vocabulary
     }
+
+
+def without_vision(raw: Mapping[str, Any]) -> tuple[dict[str, Any], Vision, str, Media] | None:
+    """(the decoder's config.json, the tower, the format, ids) of such a config.json; None of another kind.
+
+    Raises InputError for a field that is absent or of another type, or for what our tower does not compute.
+    """
+    names = raw.get("model_type")
+    if names not in ARCHITECTURES:
+        return None
+    text, tower = raw.get("text_config"), raw.get("vision_config")
+    if not isinstance(text, Mapping) or not isinstance(tower, Mapping):
+        raise InputError(f"config.json is of model_type {names!r} and has no text_config and vision_config")
+
+    def number(*keys: str) -> int:
+        for key in keys:
+            value = tower.get(key)
+            if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+                return value
+        raise InputError(f"config.json's vision_config has no {keys[0]} that is a number above 0")
+
+    merge = tower.get("merge_kernel_size", [2, 2])
+    if list(merge) != [2, 2]:
+        raise InputError(f"config.json has merge_kernel_size={merge!r}; 2 x 2 patches are merged here")
+    rope = tower.get("rope_parameters") or {}
+    vision = Vision(
+        num_layers=number("num_hidden_layers", "vt_num_hidden_layers"),
+        hidden_size=number("hidden_size", "vt_hidden_size"),
+        num_attention_heads=number("num_attention_heads", "vt_num_attention_heads"),
+        intermediate_size=number("intermediate_size", "vt_intermediate_size"),
+        patch_size=number("patch_size"),
+        pos_emb_height=number("init_pos_emb_height", "pos_emb_height"),
+        pos_emb_width=number("init_pos_emb_width", "pos_emb_width"),
+        rope_theta=float(rope.get("rope_theta", Vision.rope_theta)),
+    )
+    pad = raw.get("media_placeholder_token_id", raw.get("image_token_id"))
+    if not isinstance(pad, int):
+        raise InputError("config.json has no media_placeholder_token_id, the token that stands for images")
+    media = Media(pad, raw.get("vision_start_token_id"), raw.get("vision_end_token_id"))
+    kind = {"model_type": "deepseek_v3"} if text.get("model_type") == "kimi_k2" else {}
+    types = {name: raw[name] for name in ("dtype", "torch_dtype") if raw.get(name) is not None}
+    return {**text, "architectures": None, **kind, **types}, vision, str(names), media
 
 
 def _not_expressible(v: Vision, names: str) -> Iterator[str]:

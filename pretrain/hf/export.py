@@ -15,7 +15,7 @@ import torch
 from perilune.pretrain.errors import InputError
 from perilune.pretrain.hf import card
 from perilune.pretrain.hf.config import config_to_hf
-from perilune.pretrain.hf.config_vision import preprocessor, with_vision
+from perilune.pretrain.hf.config_vision import Media, preprocessor, with_vision
 from perilune.pretrain.hf.folder import new_folder, refuse_existing, write_json
 from perilune.pretrain.hf.source import MASTER, Checkpoint
 from perilune.pretrain.hf.table import Block
@@ -48,7 +48,9 @@ def export(
     tokenizer = card.tokenizer_of(checkpoint)
     config = config_to_hf(checkpoint.config.model, dtype=str(target).removeprefix("torch."), **tokenizer.ids)
     if checkpoint.config.vision.num_layers:
-        config = with_vision(config, checkpoint.config.vision, checkpoint.names, tokenizer.media)
+        kept = checkpoint.manifest["run_state"].get("media")  # of imported weights
+        media = tokenizer.media or (Media(**kept) if kept else None)
+        config = with_vision(config, checkpoint.config.vision, checkpoint.names, media)
     say(f"{checkpoint.path}: writing {target} to {out}, which gets its name if what is read has its hash")
     if tokenizer.missing:
         say(f"no tokenizer in the export: {tokenizer.missing}")
@@ -64,7 +66,7 @@ def export(
         writer = ShardWriter(folder, plan, max_shard_bytes)
         with checkpoint.hashed_meanwhile(names_in(checkpoint, target)), closing(writer):
             for block, values in stream(checkpoint, target):
-                writer.put(block.theirs, values)
+                writer.put(block.theirs, block.to_theirs(values))
             size = writer.finish()
         verdict = verified_by(folder, checkpoint, target) if verified_by else None
         card.write(folder, checkpoint, target, verdict)
@@ -73,15 +75,14 @@ def export(
 
 
 def stream(checkpoint: Checkpoint, target: torch.dtype) -> Iterator[tuple[Block, torch.Tensor]]:
-    """Every block of the table with its values of type `target` (router biases fp32), tensor after tensor."""
+    """Every block of the table with our values, of type `target` (router biases fp32), tensor after tensor."""
     for tensor, name in zip(checkpoint.tensors.values(), names_in(checkpoint, target), strict=True):
         for offset, shape, own in tensor.pieces():
             piece = checkpoint.read(name, offset[0], offset[0] + shape[0])
             if tuple(piece.shape) != shape:
                 raise InputError(f"{checkpoint.path}: {name} is not {list(tensor.shape)}")
             for block in tensor.blocks if shape == tensor.shape else own:
-                values = block.to_theirs(piece[block.index_in_piece])
-                yield block, values.to(torch.float32 if block.fp32 else target)
+                yield block, piece[block.index_in_piece].to(torch.float32 if block.fp32 else target)
 
 
 def names_in(checkpoint: Checkpoint, target: torch.dtype) -> list[str]:

@@ -31,10 +31,11 @@ from perilune.pretrain import config as configs
 from perilune.pretrain import rules
 from perilune.pretrain.errors import InputError
 from perilune.pretrain.hf.config import config_from_hf, dtype_of
+from perilune.pretrain.hf.config_vision import Media, without_vision
 from perilune.pretrain.hf.folder import new_folder, read_json, write_text
 from perilune.pretrain.hf.table import Block, Tensor, blocks, tensors
 from perilune.pretrain.hf.weights import FP8_BLOCK, SCALE, Entry, WeightFolder, dequantised, scale_shape
-from perilune.pretrain.schema import Config, Data, Model
+from perilune.pretrain.schema import Config, Data, Model, Vision
 
 _STALE = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")  # a buffer that old versions saved
 _TYPES = {"float32": "F32", "bfloat16": "BF16"}
@@ -52,34 +53,42 @@ def import_hf(
     configuration that does not fit, and for an `out` that is there. Nothing half-written stays.
     """
     raw = read_json(folder / "config.json")
+    seen = without_vision(raw)
+    if seen is not None:
+        raw, vision, names, media = seen
+    else:
+        vision, names, media = Vision(), "deepseek_v3", None
     found = config_from_hf(raw)
-    config = _config(found, overrides)
+    config = _config(found, vision, overrides)
+    if config.vision != vision:
+        raise InputError("vision.*: the tower is that of config.json; leave its keys out")
     with WeightFolder(folder) as weights, new_folder(out) as temporary:
-        reader = Reader(weights, raw, found, config.model)
+        reader = Reader(weights, raw, found, config.model, vision, names)
         for note in reader.notes:
             say(note)
         _write(reader, temporary)
         write_text(temporary / files.CONFIG, _yaml(config, overrides))
-        files.write_manifest(temporary, _manifest(folder, temporary))
-    say(f"{len(list(blocks(config.model))):,} tensors of {folder}: {out}")
+        files.write_manifest(temporary, _manifest(folder, temporary, media))
+    say(f"{len(list(blocks(config.model, vision, names))):,} tensors of {folder}: {out}")
     return out
 
 
-def _config(model: Model, overrides: Sequence[str]) -> Config:
-    """A run of `model`, with the user's keys, that could be trained."""
+def _config(model: Model, vision: Vision, overrides: Sequence[str]) -> Config:
+    """A run of `model` and tower, with the user's keys, that could be trained."""
     data = Data(seq_len=min(Data.seq_len, model.max_position_embeddings))
-    base = Config(model=model, data=data)
+    base = Config(model=model, vision=vision, data=data)
     config = configs.resolve(base.preset, overrides, base=base)
     rules.check(config, world=1)
     return config
 
 
 def _yaml(config: Config, overrides: Sequence[str]) -> str:
-    """The model's keys and those that the user gave: `train PRESET --config` takes the rest from its preset."""
+    """The keys of model and tower, and those that the user gave: `train PRESET --config` takes the rest from PRESET."""
     tree = configs.to_dict(config)
+    whole = ("model", "vision") if config.vision.num_layers else ("model",)
     given = {word.partition("=")[0] for word in overrides}
     kept = {
-        section: {key: value for key, value in keys.items() if section == "model" or f"{section}.{key}" in given}
+        section: {key: value for key, value in keys.items() if section in whole or f"{section}.{key}" in given}
         for section, keys in tree.items()
         if isinstance(keys, dict)
     }
@@ -96,7 +105,15 @@ class Reader:
     Raises InputError at once, naming the first ones, if any tensor is not what the table says.
     """
 
-    def __init__(self, weights: WeightFolder, raw: dict[str, object], found: Model, model: Model) -> None:
+    def __init__(
+        self,
+        weights: WeightFolder,
+        raw: dict[str, object],
+        found: Model,
+        model: Model,
+        vision: Vision = Vision(),  # noqa: B008 (frozen)
+        names: str = "kimi_vl",
+    ) -> None:
         self._weights = weights
         self.notes: list[str] = []
         said = dtype_of(raw)
@@ -106,7 +123,7 @@ class Reader:
         held = weights.entries
         self.table = {
             name: t.in_fp32() if t.router and held.get(t.blocks[0].theirs, _NOTHING).dtype == "F32" else t
-            for name, t in tensors(model).items()
+            for name, t in tensors(model, vision, names).items()
         }
         wanted = {block.theirs: block for tensor in self.table.values() for block in tensor.blocks}
         problems = [*self._names(wanted, found), *self._shapes(wanted)]
@@ -172,11 +189,11 @@ class Reader:
     def piece(self, tensor: Tensor, shape: tuple[int, ...], parts: Sequence[Block]) -> torch.Tensor:
         """The piece of `tensor` that `parts` cover, of `shape`; copies that stand elsewhere are compared with it."""
         if len(parts) == 1:
-            whole = self._values(parts[0]).reshape(shape)
+            whole = parts[0].to_ours(self._values(parts[0])).reshape(shape)
         else:
             whole = torch.empty(shape, dtype=torch.float32 if tensor.fp32 else self.dtype)
             for block in parts:
-                whole[block.index_in_piece] = self._values(block)
+                whole[block.index_in_piece] = block.to_ours(self._values(block))
         for block in tensor.blocks:
             if block.copy and not torch.equal(self._values(block), whole):
                 raise InputError(
@@ -272,12 +289,13 @@ def _write(reader: Reader, folder: Path) -> None:
     writer.finish(metadata, written)
 
 
-def _manifest(folder: Path, temporary: Path) -> dict[str, object]:
+def _manifest(folder: Path, temporary: Path, media: Media | None) -> dict[str, object]:
     """The body of a checkpoint's manifest: weights only, at step 0."""
     names = sorted(entry.name for entry in temporary.iterdir())
     return {
         "step": 0,
-        "run_state": {"step": 0, "imported_from": str(folder.absolute())},
+        "run_state": {"step": 0, "imported_from": str(folder.absolute())}
+        | ({"media": dataclasses.asdict(media)} if media else {}),
         "optimizer_step": None,
         "layout": {"world": 1, "tp": 1, "pp": 1, "vpp": 1, "cp": 1, "ep": 1, "etp": 1, "zero1": False},
         "versions": {name: importlib.metadata.version(name) for name in ("perilune", "torch", "megatron-core")},

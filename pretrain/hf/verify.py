@@ -148,7 +148,7 @@ def same_tensors(folder: Path, checkpoint: Checkpoint, target: torch.dtype) -> N
             if block.theirs not in left:
                 raise VerifyError(f"{folder}: {block.theirs} was not written")
             left.discard(block.theirs)
-            again = written.read(block.theirs)
+            again = block.to_ours(written.read(block.theirs))
             if again.dtype != values.dtype or not torch.equal(_bits(again), _bits(values)):
                 raise VerifyError(f"{folder}: {block.theirs} is not what {checkpoint.path} holds")
         if left:

@@ -78,7 +78,7 @@ def transformers_answer(folder: Path, vision: Vision, asked: Prompt, complain: A
     kept: dict[str, Any] = {}
     if raw["model_type"] == "kimi_vl":
         pad = raw["media_placeholder_token_id"]
-        fields = with_vision(raw["text_config"], vision, "kimi_k25", Media(-1, -1, -1, pad))
+        fields = with_vision(raw["text_config"], vision, "kimi_k25", Media(pad))
         kept = {"config": Kimi_K25Config(**fields), "key_mapping": _RENAMED}
     net, info = Kimi_K25ForConditionalGeneration.from_pretrained(
         folder,
