@@ -116,7 +116,8 @@ class Watch:
         self, late: list[int], stacks: dict[int, Stack | None], beats: dict[int, Any]
     ) -> tuple[list[int], str]:
         """(ranks to blame, how it is known), the surest sign first."""
-        stopped = [rank for rank in late if _stopped(beats[rank])]
+        # One that was stopped just after its last sign may be silent for less long than those that wait for it.
+        stopped = [rank for rank in range(self._world) if _stopped(beats[rank])]
         if stopped:
             return stopped, "is stopped (SIGSTOP)" if len(stopped) == 1 else "are stopped (SIGSTOP)"
         missing = [rank for rank in late if beats[rank] is None]

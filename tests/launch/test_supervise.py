@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -231,6 +232,34 @@ def test_a_stopped_rank_is_blamed_though_it_writes_nothing(job: Job, papers: Pap
     found = hang_of(job, papers, [rank(papers, 0, "wait"), rank(papers, 1, "wait", steps=100)], stop=1)
     assert found.ranks == (1,) and "it is stopped (SIGSTOP); rank 0 waits in all_reduce" in found.why
     assert read_stack(papers, 1) is None
+
+
+def test_a_stopped_rank_is_blamed_though_others_were_silent_before_it(job: Job, papers: Papers) -> None:
+    """It was stopped after its last sign; the one that waits for it gave its own some time before."""
+    papers.stacks.mkdir(parents=True, exist_ok=True)
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        process.send_signal(signal.SIGSTOP)
+        watch = Watch(job, papers, 0)
+        sign = {"attempt": 0, "phase": "step", "begun": True, "host": socket.gethostname(), "pid": os.getpid()}
+
+        def beat(rank: int, **more: Any) -> None:
+            (papers.beats / f"rank_{rank:05d}.json").write_text(json.dumps(sign | more))
+
+        beat(0, step=2)
+        watch.check()
+        time.sleep(0.5)
+        beat(1, step=3, pid=process.pid)
+        watch.check()
+        (papers.stacks / "rank_00000.txt").write_text(
+            'Thread 1:\n  File "/torch/distributed/x.py", line 1 in all_reduce\n'
+        )
+        time.sleep(0.2)  # rank 0 is late, rank 1 not yet
+        found = watch.check()
+    finally:
+        process.kill()
+        process.wait(10)
+    assert found is not None and found.ranks == (1,) and "SIGSTOP" in found.why
 
 
 def test_a_rank_that_never_begins_is_blamed(job: Job, papers: Papers) -> None:
