@@ -20,11 +20,12 @@ from perilune.parallel import mesh as meshes
 from perilune.parallel.mesh import Mesh
 from perilune.pretrain.data.batch import PackedBatch
 from perilune.pretrain.plan.stages import layout_of
+from perilune.pretrain.rules import PARTS
 from perilune.pretrain.schema import Config
 from perilune.vision import vlm
 from perilune.vision.moonvit import VisionConfig
 
-_SEEING = ("vision_tower", "multi_modal_projector")  # every other part of a chunk is the language model
+SEEING = PARTS[:2]  # every other part of a chunk is the language model
 
 
 def backbone_config(config: Config, mesh: Mesh) -> backbone.BackboneConfig:
@@ -141,7 +142,7 @@ def _freeze(part: torch.nn.Module, frozen: tuple[str, ...]) -> None:
     """Let the parameters of the parts named want no gradient (`train.freeze`)."""
     for name, parameter in part.named_parameters():
         owner = name.partition(".")[0]
-        if (owner if owner in _SEEING else "language_model") in frozen:
+        if (owner if owner in SEEING else "language_model") in frozen:
             parameter.requires_grad = False
 
 

@@ -66,6 +66,15 @@ def decode(data: bytes, source: str) -> str:
         ) from error
 
 
+def encodable(text: str, source: str) -> str:
+    """`text` of JSON, whose \\u escapes can spell half a surrogate pair, which no UTF-8 can hold: InputError then."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(f"{source}: half a surrogate pair at character {error.start}: not Unicode text") from error
+    return text
+
+
 def describe(file: SourceFile) -> dict[str, Any]:
     """The file's name and size for a manifest, and its SHA-256, or for a remote file the version its store tells.
 

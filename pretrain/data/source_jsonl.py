@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from perilune.pretrain.data.source_file import MAX_DOCUMENT_BYTES, SourceFile, decode, open_path
+from perilune.pretrain.data.source_file import MAX_DOCUMENT_BYTES, SourceFile, decode, encodable, open_path
 from perilune.pretrain.data.source_tar import MAX_SAMPLE_BYTES
 from perilune.pretrain.data.source_zstd import Zstd
 from perilune.pretrain.data.storage import is_url
@@ -76,7 +76,7 @@ def _document(line: bytes, source: str, path: str) -> tuple[str | bytes, ...]:
     text = value.get("text")
     if not isinstance(text, str) or "parts" in value:
         raise InputError(f"{source}: {f'an object with {sorted(value)}':.200}; {RULE}")
-    return (_encodable(text, source),) if text else ()
+    return (encodable(text, source),) if text else ()
 
 
 def _parts(parts: list[Any], source: str, path: str) -> tuple[str | bytes, ...]:
@@ -85,7 +85,7 @@ def _parts(parts: list[Any], source: str, path: str) -> tuple[str | bytes, ...]:
     for i, part in enumerate(parts):
         match part:
             case {"text": str(text), **rest} if not rest:
-                out.append(_encodable(text, source))
+                out.append(encodable(text, source))
             case {"image": str(name), **rest} if not rest:
                 data = _image(name, source, path)
                 size += len(data)
@@ -129,12 +129,3 @@ def _local(inner: PurePosixPath, path: str) -> str:
 
 def _remote(inner: PurePosixPath, path: str) -> str:
     return f"{path.partition('?')[0].rpartition('/')[0]}/{inner}"
-
-
-def _encodable(text: str, source: str) -> str:
-    """JSON's \\u escapes can spell half a surrogate pair, which no UTF-8 can hold."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise InputError(f"{source}: half a surrogate pair at character {error.start}: not Unicode text") from error
-    return text

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from perilune.pretrain.data.source_file import MAX_DOCUMENT_BYTES
+from perilune.pretrain.data.source_file import MAX_DOCUMENT_BYTES, encodable
 from perilune.pretrain.errors import InputError
 from perilune.vision.image_header import MAX_BYTES as MAX_IMAGE_BYTES
 
@@ -172,7 +172,7 @@ def _sample(parts: dict[str, bytes], source: str) -> tuple[str | bytes, ...]:
             f"{source}: members {sorted(parts)}; a sample is an image and its .txt (or .json with a string "
             "`caption` or `text`), or a .json with lists `texts` and `images` beside its images"
         )
-    pair: list[str | bytes] = [*images.values(), _encodable(text, source)]
+    pair: list[str | bytes] = [*images.values(), encodable(text, source)]
     return tuple(part for part in pair if part)
 
 
@@ -182,7 +182,7 @@ def _interleaved(texts: list, order: list, images: dict[str, bytes], source: str
     out: list[str | bytes] = []
     for i, (text, image) in enumerate(zip(texts, order, strict=True)):
         if isinstance(text, str) and image is None:
-            out.append(_encodable(text, source))
+            out.append(encodable(text, source))
         elif text is None and isinstance(image, str) and image in images:
             out.append(images[image])
         elif text is not None or image is not None:
@@ -210,11 +210,3 @@ def _text(data: bytes, source: str) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"{source}: not UTF-8 (byte {data[error.start]:#04x} at offset {error.start})") from error
-
-
-def _encodable(text: str, source: str) -> str:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise InputError(f"{source}: half a surrogate pair at character {error.start}: not Unicode text") from error
-    return text

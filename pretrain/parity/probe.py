@@ -27,7 +27,7 @@ from perilune.pretrain.plan import vision_counts
 from perilune.pretrain.schema import Config
 from perilune.pretrain.timetable import StepPlan
 
-_SEEING = ("vision_tower.", "multi_modal_projector.")  # whose tensors go by their checkpoint's names here
+_SEEING = tuple(f"{name}." for name in models.SEEING)  # whose tensors go by their checkpoint's names here
 # Checkpoint key, global shape, offset, values: of numpy, which travels between processes without a file descriptor.
 Piece = tuple[str, tuple[int, ...], tuple[int, ...], np.ndarray]
 
