@@ -71,6 +71,23 @@ class Vision:
 
 
 @dataclass(frozen=True)
+class Contrastive:
+    """Images beside their texts, for the vision stage (arXiv 2504.07491, section 2.3): this loss, once, and the caption's.
+
+    The sizes are those of the text encoder, which is bidirectional, has the tower's kind of layers and is no part of
+    later stages.
+    """
+
+    loss: Literal["none", "siglip", "clip"] = "none"
+    caption_weight: float = 2.0  # of the captions' next-token loss, a mean over tokens, beside this one, over pairs
+    feature_dim: int = 1152  # of what images and texts are compared by
+    num_layers: int = 27
+    hidden_size: int = 1152
+    num_attention_heads: int = 16
+    intermediate_size: int = 4304
+
+
+@dataclass(frozen=True)
 class Train:
     """How long and how much at once. One of `steps` and `tokens` rules; the other is 0 and follows from it."""
 
@@ -87,7 +104,7 @@ class Train:
     async_save: bool = True  # checkpoints are written while training goes on
     nonfinite_limit: int = 10  # skipped steps in a row after which the run stops
     threads: int = 0  # CPU threads a process; 0: cores // processes
-    freeze: tuple[str, ...] = ()  # parts that do not train: vision_tower, multi_modal_projector, language_model
+    freeze: tuple[str, ...] = ()  # parts that do not train: vision_tower, multi_modal_projector, language_model, contrastive
 
 
 @dataclass(frozen=True)
@@ -181,11 +198,13 @@ class Precision:
 
 @dataclass(frozen=True)
 class Config:
-    """A whole run. `preset` names where it started from."""
+    """A whole run. `preset` and `stage` name where it started from."""
 
     preset: str = "tiny"
+    stage: str = ""  # of a preset that has several, as stage=align; empty: the preset has one alone
     model: Model = field(default_factory=Model)
     vision: Vision = field(default_factory=Vision)
+    contrastive: Contrastive = field(default_factory=Contrastive)
     train: Train = field(default_factory=Train)
     valid: Valid = field(default_factory=Valid)
     data: Data = field(default_factory=Data)
