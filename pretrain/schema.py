@@ -72,7 +72,7 @@ class Vision:
 
 @dataclass(frozen=True)
 class Contrastive:
-    """Images beside their texts, for the vision stage (arXiv 2504.07491, section 2.3): this loss, once, and the caption's.
+    """Images beside their texts, for the vision stage (arXiv 2504.07491, section 2.3), beside the captions' loss.
 
     The sizes are those of the text encoder, which is bidirectional, has the tower's kind of layers and is no part of
     later stages.
@@ -104,7 +104,7 @@ class Train:
     async_save: bool = True  # checkpoints are written while training goes on
     nonfinite_limit: int = 10  # skipped steps in a row after which the run stops
     threads: int = 0  # CPU threads a process; 0: cores // processes
-    freeze: tuple[str, ...] = ()  # parts that do not train: vision_tower, multi_modal_projector, language_model, contrastive
+    freeze: tuple[str, ...] = ()  # of vision_tower, multi_modal_projector, contrastive, language_model
 
 
 @dataclass(frozen=True)

@@ -38,9 +38,9 @@ def test_keys_are_the_contract() -> None:
     assert cfg.keys()["model.q_lora_rank"] == int | None
     assert cfg.keys()["schedule.milestones"] == tuple[float, ...]
     assert cfg.keys()["preset"] is str
-    sections = [f for f in dataclasses.fields(Config) if f.name != "preset"]
+    sections = [f for f in dataclasses.fields(Config) if f.name not in ("preset", "stage")]
     leaves = sum(len(dataclasses.fields(typing.get_type_hints(Config)[f.name])) for f in sections)
-    assert len(cfg.keys()) == leaves + 1
+    assert len(cfg.keys()) == leaves + 2
     assert not {"model", "train"} & set(cfg.keys())
 
 
@@ -109,7 +109,7 @@ def test_a_value_on_the_command_line(word: str, value: Any) -> None:
         ("lr=1", ["optim.lr", "schedule.lr"]),
         ("optimizer.weight_decay=1", ["optim.weight_decay"]),
         ("--train.steps=4", ["train.steps"]),
-        ("zzzzzz=4", ["unknown key 'zzzzzz'", "model, vision, train, valid, data"]),
+        ("zzzzzz=4", ["unknown key 'zzzzzz'", "model, vision, contrastive, train, valid, data"]),
         ("data.blend.a=1", ["unknown key 'data.blend.a'"]),
         ("model=4", ["is a section", "model.num_layers", "model.hidden_size"]),
         ("train.steps", ["is not key=value"]),
@@ -228,11 +228,11 @@ def values_of(hint: Any) -> st.SearchStrategy[Any]:
 def configs(draw: st.DrawFn) -> Config:
     sections: dict[str, Any] = {}
     for section, cls in typing.get_type_hints(Config).items():
-        if section != "preset":
+        if section not in ("preset", "stage"):
             hints = typing.get_type_hints(cls)
             chosen = draw(st.sets(st.sampled_from(sorted(hints)), max_size=5))
             sections[section] = cls(**{name: draw(values_of(hints[name])) for name in sorted(chosen)})
-    return Config(preset=draw(TEXTS), **sections)
+    return Config(preset=draw(TEXTS), stage=draw(TEXTS), **sections)
 
 
 @given(configs())
