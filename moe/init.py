@@ -40,11 +40,14 @@ def normal_slice(
 def draw_weights(model: torch.nn.Module, seed: int, std: float) -> None:
     """Fill this rank's weights: N(0, std^2) for matrices (V3 section 4.2), ones for norms, zeros for biases.
 
+    A parameter that has the attribute `starts_at` is filled with that number.
     Names and places are those of the checkpoint (`sharded_state_dict`), which do not depend on the layout.
     """
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
     def draw(part: ShardedTensor) -> torch.Tensor:
+        if (number := getattr(part.data, "starts_at", None)) is not None:
+            return torch.full(part.local_shape, number)
         if part.key.endswith("bias"):
             return torch.zeros(part.local_shape)
         if len(part.local_shape) == 1:

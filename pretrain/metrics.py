@@ -77,6 +77,9 @@ class RunLog:
             "memory": result.memory,
             **self._validated,
         }
+        if result.pairs is not None:
+            names = ("contrastive_loss", "pairs", "contrastive_scale", "contrastive_bias")
+            entry |= {name: getattr(result, name) for name in names}
         if result.skipped:
             entry["skipped"] = True
         self._validated = {}
@@ -90,9 +93,11 @@ class RunLog:
                 load = [[int(count) for count in layer] for layer in result.load_LE.tolist()]
                 self._load.write(json.dumps({"step": step, "load": load}) + "\n")
 
-    def validated(self, loss: float, bits_per_byte: float) -> None:
+    def validated(self, loss: float, bits_per_byte: float, contrastive_loss: float | None = None) -> None:
         """A validation to stand with the next recorded step."""
         self._validated = {"valid_loss": loss, "valid_bpb": bits_per_byte}
+        if contrastive_loss is not None:
+            self._validated["valid_contrastive_loss"] = contrastive_loss
 
     def say(self, text: str) -> None:
         """A line for the person who watches."""
@@ -141,7 +146,10 @@ class ProgressLines:
 
     def show(self, step: int, entry: dict[str, Any]) -> None:
         """The newest step's figures."""
-        shown = f"loss {entry['loss']:.4f}  {entry['tokens_per_s']:,.0f} tok/s"
+        shown = f"loss {entry['loss']:.4f}"
+        if entry.get("contrastive_loss") is not None:
+            shown += f"  contrastive {entry['contrastive_loss']:.4f}"
+        shown += f"  {entry['tokens_per_s']:,.0f} tok/s"
         if entry["mfu"] is not None:
             shown += f"  MFU {entry['mfu']:.1%}"
         shown += f"  data wait {entry['data_wait_s'] * 1e3:.0f} ms"

@@ -19,13 +19,14 @@ from perilune.parallel import context, precision
 from perilune.parallel import mesh as meshes
 from perilune.parallel.mesh import Mesh
 from perilune.pretrain.data.batch import PackedBatch
+from perilune.pretrain.data.pairs import pairs_of
 from perilune.pretrain.plan.stages import layout_of
-from perilune.pretrain.rules import PARTS
-from perilune.pretrain.schema import Config
+from perilune.pretrain.rules import PARTS, part_of
+from perilune.pretrain.schema import Config, Contrastive
 from perilune.vision import vlm
 from perilune.vision.moonvit import VisionConfig
 
-SEEING = PARTS[:2]  # every other part of a chunk is the language model
+SEEING = PARTS[:3]  # every other part of a chunk is the language model
 
 
 def backbone_config(config: Config, mesh: Mesh) -> backbone.BackboneConfig:
@@ -43,13 +44,15 @@ def backbone_config(config: Config, mesh: Mesh) -> backbone.BackboneConfig:
 
 
 def vision_config(config: Config, mesh: Mesh) -> VisionConfig:
-    """The part of a run's config that shapes tower and projector."""
+    """The part of a run's config that shapes tower, projector and what images are compared with."""
     return VisionConfig(
         vision=config.vision,
         text_hidden=config.model.hidden_size,
         mesh=mesh,
         dtype=precision.dtype(config.precision.compute),
         recompute_granularity=config.recompute.granularity,
+        contrastive=config.contrastive if config.contrastive.loss != "none" else None,
+        vocab_size=config.model.vocab_size,
     )
 
 
@@ -67,6 +70,7 @@ class Model:
     """This rank's chunks of the decoder (one, or vpp of them), each behind Megatron-core's DDP."""
 
     chunks: list[DistributedDataParallel]
+    contrastive: Contrastive | None = None  # None: images are compared with nothing
 
     @property
     def megatron_config(self) -> Any:
@@ -135,14 +139,13 @@ def build(config: Config, mesh: Mesh) -> Model:
     if ddp.overlap_param_gather:
         for chunk in chunks:
             _wait_for_weights_read_from_outside(chunk)
-    return Model(chunks)
+    return Model(chunks, config.contrastive if config.contrastive.loss != "none" else None)
 
 
 def _freeze(part: torch.nn.Module, frozen: tuple[str, ...]) -> None:
     """Let the parameters of the parts named want no gradient (`train.freeze`)."""
     for name, parameter in part.named_parameters():
-        owner = name.partition(".")[0]
-        if (owner if owner in SEEING else "language_model") in frozen:
+        if part_of(name) in frozen:
             parameter.requires_grad = False
 
 
@@ -151,8 +154,10 @@ def _bare(chunk: DistributedDataParallel) -> backbone.Backbone:
     return module.module if isinstance(module, Float16Module) else module
 
 
-def images_for(chunk: DistributedDataParallel, batch: PackedBatch) -> dict[str, vlm.Images]:
+def images_for(chunk: DistributedDataParallel, batch: PackedBatch) -> dict[str, Any]:
     """What a chunk's forward is given besides tokens: images, where it is the first of a model with a tower.
+
+    And where images are compared with texts, the pairs.
 
     `batch` is the whole micro-batch, on the CPU.
     """
@@ -165,7 +170,10 @@ def images_for(chunk: DistributedDataParallel, batch: PackedBatch) -> dict[str, 
         held = context.cut(batch.rows, batch.seq_len, batch.cu_seqlens, rank, size).index_Q
     tp = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
     images = vlm.images_of(batch.patches, batch.grids, batch.image_index, tokens, held, tp)
-    return {"images": images.to(meshes.device())}
+    given: dict[str, Any] = {"images": images.to(meshes.device())}
+    if hasattr(bare, "contrastive"):
+        given["pairs"] = pairs_of(batch).to(meshes.device())
+    return given
 
 
 def _wait_for_weights_read_from_outside(chunk: DistributedDataParallel) -> None:

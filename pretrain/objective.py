@@ -33,3 +33,27 @@ def next_token(
     depth = sums_D.numel() - 1
     objective = sums_D[0] + (mtp_weight / depth) * sums_D[1:].sum() if depth else sums_D[0]
     return objective, counts_D[0].to(torch.int), {"sums": sums_D.detach(), "counts": counts_D}
+
+
+def captions_and_pairs(
+    outputs: tuple[torch.Tensor, ...],
+    batch: PackedBatch,
+    mtp_weight: float,
+    *,
+    captions: Objective,
+    caption_weight: float,
+    tokens_per_pair: float,
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """The pairs' loss, a mean over pairs, plus `caption_weight` times `captions`, a mean over tokens (2504.07491, 2.3).
+
+    `outputs` are the losses of the tokens, then what `vision.pairs.Contrastive` gives. `tokens_per_pair` is the global
+    batch's counted tokens over its pairs: what divides all of it is the tokens.
+    """
+    losses_DT, contrast, count, scale = outputs
+    objective, tokens, found = captions(losses_DT, batch, mtp_weight)
+    pairs = torch.stack((contrast.detach().double(), count.double()))
+    return (
+        caption_weight * objective + tokens_per_pair * contrast,
+        tokens,
+        found | {"pairs": pairs, "scale": scale.double()},
+    )

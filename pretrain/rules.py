@@ -24,7 +24,7 @@ def check_fits(config: Config, world: int) -> None:
     """Raise InputError for the first number in `config` that does not fit the others or `world` processes."""
     mesh = mesh_of(config, world)
     # One after the other: each may count on what those before it have let pass.
-    for rule in (_model, _vision, _batch, partial(_layout, mesh=mesh)):
+    for rule in (_model, _vision, _batch, partial(_layout, mesh=mesh), partial(_contrastive, mesh=mesh)):
         for problem in rule(config):
             raise InputError(problem)
 
@@ -209,12 +209,19 @@ def _model(config: Config) -> list[str]:
     return problems
 
 
-PARTS = ("vision_tower", "multi_modal_projector", "language_model")  # what train.freeze names
+PARTS = ("vision_tower", "multi_modal_projector", "contrastive", "language_model")  # what train.freeze names
+
+
+def part_of(name: str) -> str:
+    """The part of the model to which a parameter or tensor `name` belongs: one of PARTS."""
+    owner = name.partition(".")[0]
+    return owner if owner in PARTS[:-1] else PARTS[-1]
 
 
 def _vision(config: Config) -> list[str]:
     v, frozen = config.vision, config.train.freeze
-    parts = PARTS if v.num_layers else PARTS[2:]
+    lacks = {*(PARTS[:2] if not v.num_layers else ()), *(PARTS[2:3] if config.contrastive.loss == "none" else ())}
+    parts = [name for name in PARTS if name not in lacks]
     problems = [
         f"train.freeze names {name!r}; this model has {', '.join(parts)}" for name in frozen if name not in parts
     ]
@@ -246,6 +253,56 @@ def _vision(config: Config) -> list[str]:
         problems.append(
             f"model.num_nextn_predict_layers={config.model.num_nextn_predict_layers} with vision.num_layers="
             f"{v.num_layers} is not built: MTP would embed placeholders, and Kimi-VL has none; set it to 0"
+        )
+    return problems
+
+
+def _contrastive(config: Config, mesh: Mesh) -> list[str]:
+    """Beyond what holds of the tower: all pairs of a step are compared at once, on ranks that hold whole images."""
+    c, p, t = config.contrastive, config.parallel, config.train
+    if c.loss == "none":
+        return []
+    asked = f"contrastive.loss={c.loss}"
+    if not config.vision.num_layers:
+        return [f"{asked} compares images with texts, and vision.num_layers=0: there is no tower; use none"]
+    problems = []
+    for name in "feature_dim num_layers hidden_size num_attention_heads intermediate_size".split():
+        if getattr(c, name) < 1:
+            problems.append(f"contrastive.{name}={getattr(c, name)} must be at least 1")
+    if problems:
+        return problems
+    if not 0 <= c.caption_weight <= 1e3:
+        problems.append(f"contrastive.caption_weight={c.caption_weight} must lie between 0 and 1000.0")
+    if c.hidden_size % (2 * c.num_attention_heads):
+        problems.append(
+            f"contrastive.hidden_size={c.hidden_size} must be a multiple of 2 x contrastive.num_attention_heads="
+            f"{c.num_attention_heads}: each head turns pairs"
+        )
+    for name in ("num_attention_heads", "intermediate_size", "hidden_size"):
+        if getattr(c, name) % p.tp:
+            problems.append(f"contrastive.{name}={getattr(c, name)} does not divide by parallel.tp={p.tp}")
+    for axis, degree in (("pp", p.pp), ("cp", p.cp)):
+        if degree > 1:
+            problems.append(
+                f"{asked} with parallel.{axis}={degree} is not built: each rank compares its images with texts where "
+                f"it has both whole; set parallel.{axis}=1 and leave the processes to data parallelism"
+            )
+    if not config.data.document_mask:
+        problems.append(
+            f"{asked} takes the text that follows an image in its document, and data.document_mask=false makes one "
+            "document of a row; set it to true"
+        )
+    at_once = mesh.dp * t.micro_batch_size
+    if not problems and t.global_batch_size != at_once:
+        problems.append(
+            f"{asked} compares every image with every text of a step, so a step is one micro-batch on each rank: "
+            f"train.global_batch_size={t.global_batch_size} must be {mesh.dp} data-parallel ranks x "
+            f"train.micro_batch_size={t.micro_batch_size} = {at_once}; set train.global_batch_size={at_once}"
+            + (
+                f" or train.micro_batch_size={t.global_batch_size // mesh.dp}"
+                if t.global_batch_size % mesh.dp == 0
+                else ""
+            )
         )
     return problems
 

@@ -25,7 +25,7 @@ from perilune.pretrain.profiling import Trace, explain_out_of_memory
 from perilune.pretrain.report import environment
 from perilune.pretrain.schema import Config
 from perilune.pretrain.signals import Stop
-from perilune.pretrain.step import evaluate, train_step
+from perilune.pretrain.step import Validation, evaluate, train_step
 from perilune.pretrain.timetable import Timetable
 
 
@@ -131,8 +131,8 @@ def _all_rows(batches: list[PackedBatch]) -> str:
     return ", ".join(name for part in parts for name in part)
 
 
-def _validate(config: Config, net: model.Model, stream: Stream, dp: int) -> tuple[float, float]:
-    """(loss in nats a token, bits a byte) on the validation set."""
+def _validate(config: Config, net: model.Model, stream: Stream, dp: int) -> Validation:
+    """The losses on the validation set."""
     batches = valid_batches(
         str(config.valid.path),
         dp_rank=parallel_state.get_data_parallel_rank(),

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import batched
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -26,8 +26,9 @@ from perilune.parallel import context
 from perilune.parallel import mesh as meshes
 from perilune.pretrain import model as models
 from perilune.pretrain.data.batch import PackedBatch
+from perilune.pretrain.data.pairs import pairs_of
 from perilune.pretrain.model import Model
-from perilune.pretrain.objective import Objective
+from perilune.pretrain.objective import Objective, captions_and_pairs
 from perilune.pretrain.timetable import StepPlan
 
 
@@ -43,26 +44,48 @@ class StepResult:
     load_LE: torch.Tensor | None  # routed tokens of each expert of each expert layer, global
     memory: int  # bytes: the largest rank's peak (allocated on GPU, resident on CPU)
     stop: bool  # some rank was asked to stop
+    contrastive_loss: float | None = None  # mean over the global batch's pairs, nats; None without pairs
+    pairs: int | None = None  # of the global batch; None where images are compared with nothing
+    contrastive_scale: float | None = None  # what cosines are multiplied by
+    contrastive_bias: float | None = None  # what is added to that; SigLIP's alone
+
+
+class Reduced(NamedTuple):
+    """What `forward_backward` returns, equal on every rank."""
+
+    sums: torch.Tensor  # [2, 1+D] float64: sums and counts of the losses
+    load_LE: torch.Tensor  # routed tokens of every layer of the model; zero where it has no experts
+    balance: float  # the sum over expert layers of the mean over rows of sum_i f_i P_i
+    pairs: torch.Tensor  # [2] float64: the contrastive loss's sum and the count of pairs
+    scale: tuple[float, ...] = ()  # that the loss was computed with: scale, and SigLIP's bias
+
+
+class Validation(NamedTuple):
+    """Of a set, over all ranks."""
+
+    loss: float  # next-token, nats a token
+    bits_per_byte: float  # of UTF-8 text
+    contrastive_loss: float | None = None  # mean over pairs, each beside a global batch's; None without pairs
 
 
 def _forward(iterator: Iterator[PackedBatch], model: Any, objective: Objective, mtp_weight: float) -> tuple[Any, Any]:
     batch, device = next(iterator), meshes.device()
-    images = models.images_for(model, batch)
+    given = models.images_for(model, batch)
     batch, cut = replace(batch, patches=batch.patches[:0]), None
     if (size := parallel_state.get_context_parallel_world_size()) > 1:
         rank = parallel_state.get_context_parallel_rank()
         cut = context.cut(batch.rows, batch.seq_len, batch.cu_seqlens, rank, size)
         batch, cut = batch.take(cut.index_Q), cut.to(device)
     batch = batch.to(device)
-    losses = model(
+    outputs = model(
         input_ids=batch.inputs,
         position_ids=batch.positions[None],
         attention_mask=None,
         labels=batch.labels,
         packed_seq_params=packed_params(batch.cu_seqlens, batch.max_seqlen, cut),
-        **images,
+        **given,
     )
-    return losses, partial(objective, batch=batch, mtp_weight=mtp_weight)
+    return outputs, partial(objective, batch=batch, mtp_weight=mtp_weight)
 
 
 def _run_schedule(
@@ -90,6 +113,15 @@ def _loss_sums(outputs: list[dict[str, torch.Tensor]], depths: int) -> torch.Ten
     return total
 
 
+def _pair_sums(outputs: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+    """[2] float64: the contrastive loss's sum and the count of pairs, as `_loss_sums`."""
+    total = torch.zeros(2, dtype=torch.float64, device=meshes.device())
+    if parallel_state.get_tensor_model_parallel_rank() == 0:
+        for out in outputs:
+            total += out.get("pairs", 0)
+    return total
+
+
 def train_step(
     model: Model,
     optimizer: Any,
@@ -111,10 +143,11 @@ def train_step(
     optimizer.zero_grad()
     routers = model.routers()
     biases = [router.expert_bias.clone() for _, router in routers]
-    sums, load_LE, balance = forward_backward(model, batches, objective, todo.mtp_weight, todo.bias_speed)
+    found = forward_backward(model, batches, objective, todo.mtp_weight, todo.bias_speed)
+    sums, load_LE = found.sums, found.load_LE
     optimizer.prepare_grads()
     norm = float(optimizer.get_grad_norm())
-    memory, bad, stop = _agree(not (math.isfinite(norm) and bool(sums.isfinite().all())), stop)
+    memory, bad, stop = _agree(not (math.isfinite(norm) and _finite(sums, found.pairs)), stop)
     if bad:
         for (_, router), bias in zip(routers, biases, strict=True):
             router.expert_bias.copy_(bias)
@@ -127,50 +160,74 @@ def train_step(
     return StepResult(
         loss=means[0],
         mtp_loss=sum(means[1:]) / len(means[1:]) if len(means) > 1 else None,
-        aux_loss=balance / int(used.sum()) if balanced else None,
+        aux_loss=found.balance / int(used.sum()) if balanced else None,
         grad_norm=norm,
         skipped=bad,
         load_LE=load_LE[used] if bool(used.any()) else None,
         memory=memory,
         stop=stop,
+        contrastive_loss=_mean(found.pairs),
+        pairs=int(found.pairs[1]) if model.contrastive else None,
+        contrastive_scale=found.scale[0] if found.scale else None,
+        contrastive_bias=found.scale[1] if len(found.scale) > 1 else None,
     )
+
+
+def _finite(*numbers: torch.Tensor) -> bool:
+    return all(bool(x.isfinite().all()) for x in numbers)
+
+
+def _mean(sum_and_count: torch.Tensor) -> float | None:
+    total, count = sum_and_count.tolist()
+    return total / count if count else None
 
 
 def forward_backward(
     model: Model, batches: list[PackedBatch], objective: Objective, mtp_weight: float, bias_speed: float
-) -> tuple[torch.Tensor, torch.Tensor, float]:
+) -> Reduced:
     """Gradients of a global batch into the chunks' buffers, divided by its main-loss tokens; router biases move.
 
-    Returns, equal on every rank: sums and counts of the losses [2, 1+D], routed tokens [layers, E] of every layer of
-    the model (zero where it has no experts), and the sum over expert layers of the mean over rows of sum_i f_i P_i.
+    Where images are compared with texts, `objective` is the captions'.
     """
     config = model.megatron_config
     config.finalize_model_grads_func = finalize_model_grads
     config.moe_router_bias_update_rate = bias_speed
-    rows = _tell_routers(model, batches)
+    tokens, rows, pairs = _counts(model, batches)
+    for scale in model.scales():
+        scale.tokens_per_row = batches[0].seq_len // parallel_state.get_context_parallel_world_size()
+        scale.loss_tokens_per_row = tokens / rows
+    if model.contrastive is not None:
+        objective = _beside_pairs(objective, model.contrastive.caption_weight, tokens / max(pairs, 1.0))
     for chunk in model.chunks:
         chunk.zero_grad_buffer()
     outputs = _run_schedule(model, batches, objective, mtp_weight, forward_only=False)
-    sums, load_LE, balance = _reduce(model, outputs)
-    return sums, load_LE, balance / rows
+    found = _reduce(model, outputs)
+    return found._replace(balance=found.balance / rows)
 
 
-def _tell_routers(model: Model, batches: list[PackedBatch]) -> int:
-    """Give the routers the global batch's counts; returns its rows."""
+def _beside_pairs(captions: Objective, caption_weight: float, tokens_per_pair: float) -> Any:
+    return partial(
+        captions_and_pairs, captions=captions, caption_weight=caption_weight, tokens_per_pair=tokens_per_pair
+    )
+
+
+def _counts(model: Model, batches: list[PackedBatch]) -> list[float]:
+    """The global batch's counted tokens, rows and pairs."""
     count = torch.tensor(
-        [sum(float(b.loss_mask[0].sum()) for b in batches), float(sum(b.rows for b in batches))],
+        [
+            sum(float(b.loss_mask[0].sum()) for b in batches),
+            sum(b.rows for b in batches),
+            sum(len(pairs_of(b)) for b in batches) if model.contrastive is not None else 0,
+        ],
         dtype=torch.float64,
         device=meshes.device(),
     )
     dist.all_reduce(count, group=parallel_state.get_data_parallel_group())
-    for scale in model.scales():
-        scale.tokens_per_row = batches[0].seq_len // parallel_state.get_context_parallel_world_size()
-        scale.loss_tokens_per_row = float(count[0] / count[1])
-    return int(count[1])
+    return count.tolist()
 
 
-def _reduce(model: Model, outputs: list[dict[str, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Loss sums and counts [2, 1+D], expert load [layers, E] and the balance sum over all processes, in one message."""
+def _reduce(model: Model, outputs: list[dict[str, torch.Tensor]]) -> Reduced:
+    """All sums over all processes, in one message; that of the balance is not yet divided by rows."""
     config = model.megatron_config
     depths = 1 + (config.mtp_num_layers or 0)
     layers, experts = config.num_layers + (config.mtp_num_layers or 0), config.num_moe_experts or 0
@@ -182,10 +239,12 @@ def _reduce(model: Model, outputs: list[dict[str, torch.Tensor]]) -> tuple[torch
         balance += router.balance_sum
         router.load_E.zero_()
         router.balance_sum.zero_()
-    message = torch.cat((_loss_sums(outputs, depths).flatten(), load.flatten(), balance))
+    parts = (_loss_sums(outputs, depths).flatten(), load.flatten(), balance, _pair_sums(outputs))
+    message = torch.cat(parts)
     dist.all_reduce(message)
-    sums, rest = message[: 2 * depths].view(2, depths).cpu(), message[2 * depths :].cpu()
-    return sums, rest[:-1].view(layers, experts), float(rest[-1])
+    sums, load, balance, pairs = message.cpu().split([len(part) for part in parts])
+    scale = tuple(outputs[0]["scale"].tolist()) if outputs and "scale" in outputs[0] else ()
+    return Reduced(sums.view(2, depths), load.view(layers, experts), float(balance), pairs, scale)
 
 
 def _agree(bad: bool, stop: bool) -> tuple[int, bool, bool]:
@@ -210,9 +269,12 @@ def _update(optimizer: Any, norm: float, clip: float) -> None:
 
 
 @torch.no_grad()
-def evaluate(model: Model, batches: Iterator[tuple[PackedBatch, int]], objective: Objective) -> tuple[float, float]:
-    """(next-token loss in nats a token, bits a UTF-8 byte) over all ranks' batches with their bytes of text."""
+def evaluate(model: Model, batches: Iterator[tuple[PackedBatch, int]], objective: Objective) -> Validation:
+    """The losses over all ranks' batches with their bytes of text, of which each rank gives as many as the others."""
     depths = 1 + (model.megatron_config.mtp_num_layers or 0)
+    if model.contrastive is not None:
+        objective = _beside_pairs(objective, 1.0, 1.0)
+    pairs = torch.zeros(2, dtype=torch.float64, device=meshes.device())
     total = torch.zeros(2, depths, dtype=torch.float64, device=meshes.device())
     bytes_counted = torch.zeros(1, dtype=torch.float64, device=meshes.device())
     model.train(False)
@@ -226,11 +288,12 @@ def evaluate(model: Model, batches: Iterator[tuple[PackedBatch, int]], objective
         micro += [blank] * (at_once - len(micro))
         outputs = _run_schedule(model, micro, objective, 0.0, forward_only=True)
         total += _loss_sums(outputs, depths)
+        pairs += _pair_sums(outputs)
         ranks = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_context_parallel_rank()
         if ranks == (0, 0) and parallel_state.is_pipeline_last_stage():
             bytes_counted += size
     model.train(True)
-    message = torch.cat((total[:, 0], bytes_counted))
+    message = torch.cat((total[:, 0], bytes_counted, pairs))
     dist.all_reduce(message)
-    nats, count, size = message.tolist()
-    return nats / max(count, 1.0), nats / math.log(2) / max(size, 1.0)
+    nats, count, size = message[:3].tolist()
+    return Validation(nats / max(count, 1.0), nats / math.log(2) / max(size, 1.0), _mean(message[3:]))

@@ -210,7 +210,9 @@ def blocks(rows: int, columns: int) -> Iterator[slice]:
 
 def _number(value: float) -> torch.nn.Parameter:
     # A vector: Megatron-core's optimizer decays no vectors, but it does decay what has no dims at all.
-    return torch.nn.Parameter(torch.tensor([value], dtype=torch.float32))
+    parameter = torch.nn.Parameter(torch.tensor([value], dtype=torch.float32))
+    parameter.starts_at = value  # type: ignore[attr-defined]  # what `moe.init` would draw is not for it
+    return parameter
 
 
 def _count(number: int, like: torch.Tensor) -> torch.Tensor:

@@ -45,18 +45,20 @@ class VisionConfig:
     mesh: Mesh
     dtype: torch.dtype = torch.float32
     recompute_granularity: str = "none"  # full: each block keeps its input alone
+    contrastive: Any = None  # the fields of `pretrain.schema.Contrastive`; None: images are compared with nothing
+    vocab_size: int = 0  # of the texts that they are compared with
 
 
-def transformer_config(config: VisionConfig) -> TransformerConfig:
-    """Megatron-core's config of the tower, a model of one pipeline stage."""
-    v = config.vision
+def transformer_config(config: VisionConfig, sizes: Any = None) -> TransformerConfig:
+    """Megatron-core's config of the tower, a model of one pipeline stage, or of such blocks of other `sizes`."""
+    sizes = sizes or config.vision
     return TransformerConfig(
-        num_layers=v.num_layers,
-        hidden_size=v.hidden_size,
-        num_attention_heads=v.num_attention_heads,
-        ffn_hidden_size=v.intermediate_size,
+        num_layers=sizes.num_layers,
+        hidden_size=sizes.hidden_size,
+        num_attention_heads=sizes.num_attention_heads,
+        ffn_hidden_size=sizes.intermediate_size,
         normalization="LayerNorm",
-        layernorm_epsilon=v.layer_norm_eps,
+        layernorm_epsilon=config.vision.layer_norm_eps,
         activation_func=partial(F.gelu, approximate="tanh"),
         add_bias_linear=True,
         add_qkv_bias=True,
@@ -66,7 +68,7 @@ def transformer_config(config: VisionConfig) -> TransformerConfig:
         bias_dropout_fusion=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        moe_layer_freq=[0] * v.num_layers,  # no experts; as a list, it makes a checkpoint name each layer
+        moe_layer_freq=[0] * sizes.num_layers,  # no experts; as a list, it makes a checkpoint name each layer
         perform_initialization=False,  # moe/init.py draws the weights
         use_cpu_initialization=not torch.cuda.is_available(),
         params_dtype=config.dtype,
@@ -158,7 +160,7 @@ class MoonViT(MegatronModule):
         super().__init__(config=mc)
         self.vision = config.vision
         self.patch_embed = PatchEmbedding(config.vision, config.dtype)
-        self.encoder = TransformerBlock(mc, _block(mc.num_layers), pre_process=True, post_process=True)
+        self.encoder = TransformerBlock(mc, block(mc.num_layers), pre_process=True, post_process=True)
         self.encoder.to(config.dtype)  # torch's LayerNorm, as Megatron-core wraps it, is fp32 whatever `params_dtype`
 
     def forward(self, patches: torch.Tensor, grids: torch.Tensor) -> torch.Tensor:
@@ -197,7 +199,8 @@ def merged(hidden_PH: torch.Tensor, grids: list[tuple[int, int]]) -> torch.Tenso
     return torch.cat(cells)
 
 
-def _block(layers: int) -> TransformerBlockSubmodules:
+def block(layers: int) -> TransformerBlockSubmodules:
+    """The spec of so many layers, and of a norm after them."""
     backend = spec_provider(WrappedTorchNorm, ImageAttention, torch.nn.Identity)
     column, row, norm = backend.column_parallel_linear(), backend.row_parallel_linear(), backend.layer_norm()
     attention = ModuleSpec(

@@ -22,6 +22,7 @@ from perilune.moe import backbone
 from perilune.moe.backbone import Backbone, BackboneConfig
 from perilune.vision.images import normalize
 from perilune.vision.moonvit import MoonViT, VisionConfig
+from perilune.vision.pairs import Contrastive, Pairs
 from perilune.vision.projector import Projector
 
 
@@ -84,22 +85,32 @@ class VisionLanguageModel(Backbone):
 
     vision_tower: MoonViT
     multi_modal_projector: Projector
+    contrastive: Contrastive  # of a run that compares images with texts
 
     def forward(  # type: ignore[override]
-        self, input_ids: torch.Tensor, position_ids: torch.Tensor, *, images: Images | None = None, **kwargs: Any
-    ) -> torch.Tensor:
-        """As `Backbone`; the first stage needs `images`."""
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        *,
+        images: Images | None = None,
+        pairs: Pairs | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As `Backbone`; the first stage needs `images`. Given `pairs`, that and what `Contrastive` returns, in one."""
         embedded_S1H = None
         if self.pre_process:
             if images is None:
                 raise ValueError("the first stage of a vision-language model is given images, or `images_of` no image")
             embedded_S1H = self.embedding(input_ids=input_ids[:1], position_ids=position_ids)
-            embedded_S1H = self._shown(embedded_S1H, images)
-        return super().forward(input_ids=input_ids, position_ids=position_ids, decoder_input=embedded_S1H, **kwargs)
+            cells_M4H = self._cells(images)
+            embedded_S1H = self._shown(embedded_S1H, images, self.multi_modal_projector(cells_M4H))
+        out = super().forward(input_ids=input_ids, position_ids=position_ids, decoder_input=embedded_S1H, **kwargs)
+        if pairs is None or images is None:
+            return out
+        return out, *self.contrastive(cells_M4H, images.grids, pairs)
 
-    def _shown(self, embedded_S1H: torch.Tensor, images: Images) -> torch.Tensor:
+    def _shown(self, embedded_S1H: torch.Tensor, images: Images, features_MH: torch.Tensor) -> torch.Tensor:
         """Features in the place of their tokens' embeddings."""
-        features_MH = self.features(images)
         if self.config.sequence_parallel:  # each rank's tokens bring a part of the gradient
             features_MH = copy_to_tensor_model_parallel_region(features_MH, group=self.pg_collection.tp)
         features_FH = features_MH[images.features_F].to(embedded_S1H.dtype)
@@ -108,10 +119,22 @@ class VisionLanguageModel(Backbone):
 
     def features(self, images: Images) -> torch.Tensor:
         """Projected features [M, H] of all the images, image after image."""
-        dtype = self.multi_modal_projector.dtype
-        merged_M4H = self.vision_tower(normalize(images.patches).to(dtype), images.grids)
-        features: torch.Tensor = self.multi_modal_projector(merged_M4H)
+        features: torch.Tensor = self.multi_modal_projector(self._cells(images))
         return features
+
+    def image_features(self, images: Images) -> torch.Tensor:
+        """[I, D], one of each of the images, to be compared with texts' by the cosine."""
+        return self.contrastive.images(self._cells(images), images.grids)
+
+    def text_features(self, tokens_T: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+        """[texts, D], one of each text: tokens end to end, with the texts' bounds ([texts + 1], int32), none empty."""
+        return self.contrastive.texts(tokens_T, cu_seqlens)
+
+    def _cells(self, images: Images) -> torch.Tensor:
+        """The tower's features [M, 4, H of the tower]."""
+        dtype = self.multi_modal_projector.dtype
+        cells: torch.Tensor = self.vision_tower(normalize(images.patches).to(dtype), images.grids)
+        return cells
 
 
 def build(
@@ -122,4 +145,6 @@ def build(
     if model.pre_process:
         model.vision_tower = MoonViT(vision)
         model.multi_modal_projector = Projector(vision)
+        if vision.contrastive is not None:
+            model.contrastive = Contrastive(vision)
     return model

@@ -207,7 +207,7 @@ def gradients(config: Config, weights: dict[str, torch.Tensor], batch: Any, mtp_
     model, dp = _start(config)
     load(config, model, weights)
     mine = batch[parallel_state.get_data_parallel_rank() :: dp]
-    sums, load_LE, balance = step.forward_backward(model, mine, next_token, mtp_weight, bias_speed=1e-3)
+    sums, load_LE, balance, *_ = step.forward_backward(model, mine, next_token, mtp_weight, bias_speed=1e-3)
     return {
         "sums": sums,
         "load": load_LE,

@@ -99,7 +99,7 @@ def packed_and_padded(lengths: list[int], rows: list[list[int]], seq_len: int) -
     gradients = {}
     for name, made in (("packed", packed), ("padded", padded)):
         batches: list[PackedBatch] = [collate([row], config.model.num_nextn_predict_layers, True) for row in made]
-        sums, load_LE, _ = forward_backward(net, batches, next_token, 0.3, 0.0)
+        sums, load_LE, *_ = forward_backward(net, batches, next_token, 0.3, 0.0)
         gradients[name] = {n: p.main_grad.clone() for n, p in net.bare()[0].named_parameters()}
         found[name] = {
             "loss": (sums[0] / sums[1]).tolist(),

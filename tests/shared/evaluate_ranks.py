@@ -114,7 +114,7 @@ def make_run(run: Path, config: Config) -> tuple[float, float]:
         document_mask=config.data.document_mask,
         seq_len=config.data.seq_len,
     )
-    return evaluate(net, batches, next_token)
+    return evaluate(net, batches, next_token)[:2]
 
 
 def validated(path: Path, data: Path, document_mask: bool, max_rows: int) -> validation.Validation:

@@ -40,7 +40,7 @@ def validate(config: Config, batches: list[tuple[PackedBatch, int]]) -> tuple[fl
     """Loss and bits a byte of a new model, the same in every layout, on batches that every rank is given."""
     mesh = rules.mesh_of(config, dist.get_world_size())
     meshes.start(mesh, timeout_s=60)
-    return step.evaluate(models.build(config, mesh), iter(batches), next_token)
+    return step.evaluate(models.build(config, mesh), iter(batches), next_token)[:2]
 
 
 def not_gathered(config: Config, batch: PackedBatch) -> list[str]:

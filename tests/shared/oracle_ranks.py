@@ -64,7 +64,7 @@ def run(config: Config, weights: str, batches: list[PackedBatch], mtp_weights: t
     for mtp_weight in mtp_weights:
         losses.clear()
         routed.update({layer: [] for layer, _ in model.routers()})
-        sums, _, _ = step.forward_backward(model, batches[rank :: mesh.dp], objective, mtp_weight, bias_speed=0.0)
+        sums, *_ = step.forward_backward(model, batches[rank :: mesh.dp], objective, mtp_weight, bias_speed=0.0)
         seen.append(
             Seen(
                 sums=sums.numpy(),
