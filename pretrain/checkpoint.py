@@ -46,7 +46,7 @@ _NAMED = 5  # names in a message
 # --- what there is to save ----------------------------------------------------------------------------------------
 
 
-def _model_state(model: Model) -> dict[str, dict[str, Any]]:
+def model_state(model: Model) -> dict[str, dict[str, Any]]:
     """chunk -> parameter or buffer -> its sharded tensor.
 
     Megatron-core's `_extra_state` objects are left out: empty without Transformer Engine; with it they hold the FP8
@@ -120,7 +120,7 @@ def snapshot(step: int, model: Model, optimizer: Any | None, run_state: dict[str
     run_state = ranks.everywhere(lambda: files.json_only(run_state), TypeError, f"saving step {step}")
     if len({files.digest_of(state) for state in ranks.gathered(run_state)}) != 1:
         raise ValueError(f"saving step {step}: run_state is not the same on all ranks")
-    state: dict[str, Any] = dict(_model_state(model))
+    state: dict[str, Any] = dict(model_state(model))
     for entry in nested_values(state):
         if not isinstance(entry.data, Parameter):  # router biases move in the backward pass
             entry.data = entry.data.clone()
@@ -196,7 +196,7 @@ def load(path: Path, model: Model, optimizer: Any | None) -> dict[str, Any]:
     `optimizer` None loads the weights alone. Raises CheckpointError on every rank for a checkpoint that is damaged,
     hostile, or of another model; hashes, names and shapes are checked before the first weight changes.
     """
-    manifest, metadata = _opened(path)
+    manifest, metadata = opened(path)
     if optimizer is not None and manifest["optimizer_step"] is None:
         raise CheckpointError(f"{path} holds weights only: start from it with --init-from, it cannot be resumed")
     state = _fill(path, metadata, model, optimizer, exact=True)
@@ -211,13 +211,13 @@ def init_from(path: Path, model: Model, optimizer: Any | None = None) -> None:
 
     Raises CheckpointError as `load` does.
     """
-    _, metadata = _opened(path)
+    _, metadata = opened(path)
     _fill(path, metadata, model, None, exact=False)
     if optimizer is not None:
         optimizer.reload_model_params()
 
 
-def _opened(path: Path) -> tuple[dict[str, Any], Any]:
+def opened(path: Path) -> tuple[dict[str, Any], Any]:
     """(manifest, DCP metadata) of a checkpoint whose every file has the size and hash that its manifest says."""
     doing, ranks = f"loading {path}", Ranks()
     manifest = ranks.everywhere(lambda: files.read_manifest(path), CheckpointError, doing)
@@ -235,7 +235,7 @@ def _opened(path: Path) -> tuple[dict[str, Any], Any]:
 
 def _fill(path: Path, metadata: Any, model: Model, optimizer: Any | None, exact: bool) -> dict[str, Any]:
     """Load the model's weights, and read what `optimizer` asks for: it is returned, in Megatron-core's form."""
-    state: dict[str, Any] = dict(_model_state(model))
+    state: dict[str, Any] = dict(model_state(model))
     if optimizer is not None:
         state["optimizer"] = moments.sharded_state(optimizer, state, loading=True)
     # As in Megatron-core's dist_checkpointing.load, but what is no tensor comes from the present optimizer, not a file.

@@ -7,13 +7,14 @@ a few boxes of its weight. What is loaded is Megatron-core's fully reshardable f
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, nested_values
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedTensor, ShardedTensorFactory
 
 from perilune.pretrain.agreement import Ranks
@@ -22,6 +23,7 @@ Box = tuple[tuple[int, ...], tuple[int, ...]]  # offsets and sizes
 
 _MASTER = "optimizer.state.param."  # as the distributed optimizer names it...
 _PLAIN_MASTER = "optimizer.state.fp32_param."  # ...and as the plain mixed-precision one does
+_STATE = re.compile(r"^optimizer\.state\.[^.]+\.")  # stands before a weight's key
 
 
 def _optimizers(optimizer: Any) -> list[Any]:
@@ -170,6 +172,32 @@ def _placed(
             axis_fragmentations=None,  # boxes make no regular grid
             replica_id=(*part.replica_id[:2], 0),  # no other data-parallel rank holds it
         )
+
+
+def is_moment(key: str) -> bool:
+    """Whether `key`, of an optimizer's state, is no master's."""
+    return not key.startswith(_MASTER)
+
+
+def weight_of(key: str) -> str:
+    """The key of the weight to which `key`, of an optimizer's state or a weight itself, belongs."""
+    return _STATE.sub("", key)
+
+
+def begin_where(state: dict[int, Any], model_state: dict[str, Any], new: Callable[[str], bool]) -> None:
+    """In what `sharded_state` asks for, put in the place of entries whose key is `new` what a new optimizer holds.
+
+    That is zero moments, and the weight, as it is now, for its master.
+    """
+    weights = {entry.key: entry.data for entry in nested_values(model_state)}
+
+    def begun(entry: Any) -> Any:
+        if not isinstance(entry, ShardedTensor | ShardedTensorFactory) or not new(entry.key):
+            return entry
+        weight = weights[weight_of(entry.key)].detach()
+        return LocalNonpersistentObject(torch.zeros_like(weight.float()) if is_moment(entry.key) else weight.float())
+
+    dict_list_map_inplace(begun, state)
 
 
 @contextmanager

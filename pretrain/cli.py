@@ -49,6 +49,9 @@ class _PresetCommand(click.Command):
 
         formatter.write_paragraph()
         formatter.write_text(f"Presets: {', '.join(presets.names())}")
+        for name in presets.names():
+            if stages := presets.stages(name):
+                formatter.write_text(f"Stages of {name}: {', '.join(stages)}")
 
 
 class _CompareCommand(click.Command):
@@ -141,6 +144,13 @@ def doctor(ctx: click.Context, cluster: bool, within: float, below: float, as_js
 @click.option("--dry-run", is_flag=True, help="Print the resolved configuration, the layout and counts; train nothing.")
 @click.option("--profile", is_flag=True, help="Write a trace that Perfetto opens.")
 @click.option("--init-from", type=FOLDER_THERE, metavar="CHECKPOINT", help="Start from the weights of a checkpoint.")
+@click.option(
+    "--after",
+    type=FOLDER_THERE,
+    multiple=True,
+    metavar="RUN_OR_CHECKPOINT",
+    help="Go on from an earlier stage: weights, moments and data position of each part that fits; the last named wins.",
+)
 @click.pass_context
 def train(
     ctx: click.Context,
@@ -152,11 +162,14 @@ def train(
     dry_run: bool,
     profile: bool,
     init_from: Path | None,
+    after: tuple[Path, ...],
 ) -> None:
     """Train PRESET, with any of its keys changed by KEY=VALUE.
 
     The same command on the same --run directory goes on where it stopped, bitwise. Only the keys of length, layout and
     logging may differ then: train.steps, parallel.* and their like.
+
+    A preset of several stages takes stage=NAME; each stage is a run of its own, --after those that it goes on from.
 
     \b
     Examples:
@@ -164,12 +177,15 @@ def train(
       perilune train demo data.path=packed/train --run runs/first --nproc 2
       perilune train demo data.path=packed/train --run runs/first --nproc 2 train.steps=400
       perilune train proxy_100m --config mine.yaml optim.lr=1e-3 'schedule.milestones=[0.8, 0.9]'
+      perilune train demo_vlm stage=align --after runs/demo_vlm/vit --after runs/demo_vlm/text data.path=packed/train
       perilune train deepseek_v3 recompute.granularity=none 'recompute.modules=[]' --nproc 2048 --dry-run
       torchrun --nproc-per-node 8 --no-python -- perilune train proxy_100m data.path=packed/train --run runs/a
     """
+    from perilune.pretrain.start import Start
     from perilune.pretrain.train_command import train_command
 
-    ctx.exit(train_command(preset, overrides, config_file, run_dir, nproc, dry_run, profile, init_from))
+    start = Start(init_from, after)
+    ctx.exit(train_command(preset, overrides, config_file, run_dir, nproc, dry_run, profile, start))
 
 
 @main.command(cls=_CompareCommand, short_help="A run's curves and facts as one HTML file.")

@@ -55,17 +55,20 @@ def resolve(
 ) -> Config:
     """The configuration of a run: `preset` (or `base` in its place), then `yaml_file`, then `overrides` (`key=value`).
 
-    Raises InputError for an unknown preset, a file that cannot be read, an unknown or repeated key, a section where a
-    key is meant, a value of the wrong type, and a URL that carries a credential.
+    The key `stage`, of either, chooses the preset's stage. Raises InputError for an unknown preset or stage, a file
+    that cannot be read, an unknown or repeated key, a section where a key is meant, a value of the wrong type, and a
+    URL that carries a credential.
     """
-    config = dataclasses.replace(base if base is not None else presets.get(preset), preset=preset)
+    filed: dict[str, Any] = {}
     if yaml_file is not None:
-        values = _checked(_flatten(_read_yaml(yaml_file), f"in {yaml_file}"), f"in {yaml_file}")
-        named = values.pop("preset", preset)
+        filed = _checked(_flatten(_read_yaml(yaml_file), f"in {yaml_file}"), f"in {yaml_file}")
+        named = filed.pop("preset", preset)
         if named != preset:
             raise InputError(f"{yaml_file} is for preset {named!r}, the command names {preset!r}: name the same one")
-        config = _replace(config, values)
-    config = _replace(config, _parse_overrides(overrides))
+    words = _parse_overrides(overrides)
+    if base is None:
+        base = presets.get(preset, words.get("stage", filed.get("stage", "")))
+    config = _replace(_replace(dataclasses.replace(base, preset=preset), filed), words)
     for key, value in _leaf_values(config):
         texts = [value] if isinstance(value, str) else value if isinstance(value, dict) else []
         secrets.refuse(key, [text for text in texts if isinstance(text, str)])

@@ -12,6 +12,7 @@ from perilune.pretrain import config as configs
 from perilune.pretrain import rules
 from perilune.pretrain.errors import InputError
 from perilune.pretrain.schema import Config
+from perilune.pretrain.start import Start, run_dir_of
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Asked:
     arguments: tuple[str, ...]
     run_dir: Path
     config: Config | None  # of `train`
-    init_from: Path | None = None
+    start: Start
 
 
 def asked(arguments: tuple[str, ...]) -> Asked:
@@ -33,19 +34,18 @@ def asked(arguments: tuple[str, ...]) -> Asked:
         if name not in main.commands:
             raise InputError(f"what follows -- is a command of perilune's, as `train demo`; {name!r} is none")
         stamp = Path("runs") / name
-        return Asked(arguments, stamp.resolve(), None)
+        return Asked(arguments, stamp.resolve(), None, Start())
     params = train.make_context("perilune train", rest).params
     for option, given in (("--nproc", params["nproc"]), ("--dry-run", params["dry_run"])):
         if given:
             raise InputError(f"{option} belongs to `perilune launch`, before the --")
-    run_dir = (params["run_dir"] or Path("runs") / params["preset"]).resolve()
-    words = ["train", params["preset"], *params["overrides"], "--run", str(run_dir)]
-    for option in ("config_file", "init_from"):
-        if params[option]:
-            words += [f"--{option.removesuffix('_file').replace('_', '-')}", str(params[option].resolve())]
-    words += ["--profile"] if params["profile"] else []
     config = configs.resolve(params["preset"], params["overrides"], params["config_file"])
-    return Asked(tuple(words), run_dir, config, params["init_from"])
+    run_dir = (params["run_dir"] or run_dir_of(config)).resolve()
+    start = Start(params["init_from"], params["after"])
+    words = ["train", params["preset"], *params["overrides"], "--run", str(run_dir)]
+    words += ["--config", str(params["config_file"].resolve())] if params["config_file"] else []
+    words += [*start.words(), *(["--profile"] if params["profile"] else [])]
+    return Asked(tuple(words), run_dir, config, start)
 
 
 def job_of(given: Asked, *, nodes: tuple[int, int], procs_per_node: int, options: dict[str, Any], **more: Any) -> Job:
@@ -104,7 +104,7 @@ def launch_local(**options: Any) -> int:
             print(job.to_json() if options["as_json"] else local.describe(job))
             return 0
         if config is not None:
-            here.check_here(config, given.run_dir, nproc, gpus, given.init_from)
+            here.check_here(config, given.run_dir, nproc, gpus, given.start)
         code = here.start_here(job, agent)
     finally:
         local.dismiss(agent)
@@ -191,7 +191,7 @@ def launch_ray(**options: Any) -> int:
         return 0
     try:
         if config is not None and address is None:
-            here.check_here(config, given.run_dir, job.world, gpus, given.init_from)
+            here.check_here(config, given.run_dir, job.world, gpus, given.start)
         elif config is not None:
             here.check_data_if_seen(config)
         code = ray_jobs.run(job, address, insecure=options["insecure"], wait=options["wait"])

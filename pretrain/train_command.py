@@ -17,6 +17,7 @@ from perilune.pretrain import config as configs
 from perilune.pretrain.data.storage import is_url
 from perilune.pretrain.errors import InputError
 from perilune.pretrain.schema import Config
+from perilune.pretrain.start import Start, run_dir_of
 
 
 @vital_signs.watched()
@@ -28,9 +29,9 @@ def train_command(
     nproc: int | None,
     dry_run: bool,
     profile: bool,
-    init_from: Path | None,
+    start: Start,
 ) -> int:
-    """Train `preset` with `overrides` in `run_dir` (default `runs/PRESET`); returns the exit code.
+    """Train `preset` with `overrides` in `run_dir` (default `run_dir_of`); returns the exit code.
 
     Under RANK and WORLD_SIZE this process is one of a run that somebody else started, and starts none.
     Raises InputError for what cannot run.
@@ -39,7 +40,7 @@ def train_command(
     agent = None if inside or dry_run else local.prepare()  # it imports what it needs during the checks
     try:
         config = ready(configs.resolve(preset, overrides, config_file))
-        run_dir = (run_dir or Path("runs") / preset).resolve()
+        run_dir = (run_dir or run_dir_of(config)).resolve()
         gpus = gpus_here()
         world = _world_of_environment() or nproc or processes_here(config, gpus)
         if dry_run:  # a plan with what is not built yet is shown before it is refused
@@ -47,17 +48,17 @@ def train_command(
             print(describe(config, world, run_dir))
             rules.check(config, world)
             return 0  # the plan may be for another machine
-        check_here(config, run_dir, world, gpus, init_from)
+        check_here(config, run_dir, world, gpus, start)
         if inside:
             late_compile.import_megatron_core()
             from perilune.pretrain.run import run
 
-            run(config, run_dir, world, init_from=init_from, profile=profile)
+            run(config, run_dir, world, start=start, profile=profile)
             return 0
         again = ["train", preset, *overrides, "--run", str(run_dir)]
         again += ["--config", str(config_file.resolve())] if config_file else []
         again += ["--profile"] if profile else []
-        again += ["--init-from", str(init_from.resolve())] if init_from else []
+        again += start.words()
         job = Job(tuple(again), run_dir, procs_per_node=world, threads=config.train.threads, restarts=0)
         return start_here(job, agent)
     finally:
@@ -69,12 +70,11 @@ def ready(config: Config) -> Config:
     return _with_valid(_absolute(config))
 
 
-def check_here(config: Config, run_dir: Path, world: int, gpus: int, init_from: Path | None) -> None:
+def check_here(config: Config, run_dir: Path, world: int, gpus: int, start: Start) -> None:
     """Refuse what cannot run before a process of it starts, and make its folder. Raises InputError."""
     rules.check(config, world)
     rules.check_machine(config, gpus)
-    if init_from is not None:
-        checkpoint_files.read_manifest(init_from)  # the rest of it is checked where it is loaded
+    start.check()
     _check_data(config)
     if int(os.environ.get("RANK", "0")) == 0:
         if not gpus and config.precision.compute == "bf16" and not doctor.multiplies_bf16():
@@ -113,7 +113,7 @@ def describe(config: Config, world: int, run_dir: Path) -> str:
             f"layout: {mesh.describe()}, data-parallel {mesh.dp}, copies of each expert {mesh.expert_dp}",
             "",
             table(config.model, config.data.seq_len),
-            *([vision_counts.table(config.vision, config.model.hidden_size)] if config.vision.num_layers else []),
+            *([vision_counts.table(config)] if config.vision.num_layers else []),
             "",
             rank_table(config, world),
             *(["", picture(config.model, config.parallel, config.vision)] if mesh.pp > 1 else []),

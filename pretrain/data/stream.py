@@ -53,6 +53,8 @@ class DataState:
     # Rows found damaged, as they were found: dataset (path), row (number), id (shard/key), replaced_by (the rule's
     # answer then; later damage may move it on), reason, samples (the state's, at the batch that met it)
     quarantine: list[dict[str, Any]] = field(default_factory=list)
+    # dataset path -> rows of its content that runs before this one had read, of the same seed's order
+    earlier: dict[str, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON."""
@@ -64,6 +66,7 @@ class DataState:
         try:
             state = DataState(**saved)
             sound = sum(state.counters.values()) == state.samples and state.counters.keys() == state.fingerprints.keys()
+            sound = sound and all(path in state.counters and rows >= 0 for path, rows in state.earlier.items())
             sound = sound and all(
                 entry["dataset"] in state.counters and entry["row"] >= 0 for entry in state.quarantine
             )
@@ -129,6 +132,20 @@ class Stream:
         fingerprints = {path: data.fingerprint for path, data in zip(self.paths, self.datasets, strict=True)}
         return DataState(counters=dict.fromkeys(self.paths, 0), fingerprints=fingerprints)
 
+    def begin_after(self, before: Sequence[DataState]) -> DataState:
+        """Nothing consumed yet, in a run that takes over from others: their rows are not read again before the rest.
+
+        A dataset, known by the fingerprint of its content wherever it lies, goes on from the furthest of them.
+        """
+        earlier = dict.fromkeys(self.paths, 0)
+        for path, dataset in zip(self.paths, self.datasets, strict=True):
+            for state in before:
+                for theirs, fingerprint in state.fingerprints.items():
+                    if fingerprint == dataset.fingerprint:
+                        rows = state.counters[theirs] + state.earlier.get(theirs, 0)
+                        earlier[path] = max(earlier[path], rows)
+        return replace(self.initial_state(), earlier=earlier)
+
     def check_state(self, state: DataState) -> None:
         """Raise InputError where a state that was saved belongs to other data than this stream's, or another blend."""
         mine = self.initial_state().fingerprints
@@ -150,7 +167,8 @@ class Stream:
         picked = np.zeros(rows, np.int64)
         for d, dataset in enumerate(self.datasets):
             mine = np.flatnonzero(chosen == d)
-            picked[mine] = self._order(d, len(dataset), state.counters[self.paths[d]] + np.arange(mine.size))
+            read = state.earlier.get(self.paths[d], 0) + state.counters[self.paths[d]]
+            picked[mine] = self._order(d, len(dataset), read + np.arange(mine.size))
         ids = list(zip(chosen.tolist(), picked.tolist(), strict=True))
         if not state.quarantine:
             return ids

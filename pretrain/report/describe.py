@@ -275,10 +275,11 @@ def differences(runs: list[Run]) -> Table:
     title = "Differences between the runs"
     if len(runs) == 1:
         config = runs[0].config
-        if config.preset not in presets.names():
-            return Table([], [], title="Differences", note=f"there is no preset {config.preset!r} to compare with")
-        trees.insert(0, _leaves(presets.get(config.preset)))
-        heads, title = [f"preset {config.preset}", "this run"], "Differences from the preset"
+        try:
+            trees.insert(0, _leaves(presets.get(config.preset, config.stage)))
+        except InputError as error:
+            return Table([], [], title="Differences", note=str(error))
+        heads, title = [f"preset {config.preset} {config.stage}".rstrip(), "this run"], "Differences from the preset"
     changed = [key for key in trees[0] if any(tree[key] != trees[0][key] for tree in trees)]
     rows: list[list[str | Bar]] = [[key, *(shown(tree[key]) for tree in trees)] for key in changed]
     return Table(["key", *heads], rows, title=title, note="" if rows else "none: every key has the same value")

@@ -1,0 +1,89 @@
+"""What `make demo-vlm` trains: a small Kimi-VL, stage after stage, on letters that it draws itself."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from perilune.pretrain.presets.demo import demo
+from perilune.pretrain.schema import Config, Contrastive, Data, Model, Parallel, Schedule, Train, Valid, Vision
+
+STAGES = ("text", "vit", "align", "joint", "cooldown", "long")
+
+_SEQ_LEN = 256
+_ROWS = 16
+_STEPS = {"text": 100, "vit": 500, "align": 100, "joint": 500, "cooldown": 20, "long": 20}
+
+
+def demo_vlm(stage: str = "joint") -> Config:
+    """The stages of `kimi_vl_a3b` in small.
+
+    Source: this repository.
+    Hardware: two CPU cores, two processes of one thread each.
+    Expected: not yet measured.
+    Command: make demo-vlm
+    """
+    text = demo()
+    model = replace(
+        text.model,
+        num_layers=3,
+        hidden_size=128,
+        num_attention_heads=4,
+        q_lora_rank=None,
+        kv_lora_rank=48,
+        qk_nope_head_dim=32,
+        qk_rope_head_dim=16,
+        v_head_dim=32,
+        intermediate_size=384,
+        moe_intermediate_size=96,
+        num_nextn_predict_layers=0,
+        vocab_size=1024,
+        max_position_embeddings=_SEQ_LEN,
+        original_max_position_embeddings=_SEQ_LEN,
+        rope_theta=50000.0,
+    )
+    steps = _STEPS[stage]
+    tokens = _ROWS * _SEQ_LEN
+    whole = Config(
+        preset="demo_vlm",
+        stage=stage,
+        model=model,
+        vision=Vision(
+            num_layers=6,
+            hidden_size=128,
+            num_attention_heads=4,
+            intermediate_size=512,
+            pos_emb_height=8,
+            pos_emb_width=8,
+        ),
+        train=Train(steps=steps, global_batch_size=_ROWS, micro_batch_size=_ROWS // 2, log_every=10),
+        valid=Valid(every=steps, steps=0),
+        data=Data(seq_len=_SEQ_LEN),
+        optim=replace(text.optim, lr=2e-3),
+        schedule=Schedule(lr="cosine", warmup_tokens=steps // 10 * tokens, min_lr_ratio=0.1, bias_update_speed=1e-2),
+        parallel=Parallel(),
+        precision=text.precision,
+    )
+    match stage:
+        case "text":
+            return replace(whole, vision=Vision())
+        case "vit":
+            return replace(
+                whole,
+                model=_caption_decoder(model),
+                contrastive=Contrastive(
+                    loss="siglip",
+                    feature_dim=128,
+                    num_layers=2,
+                    hidden_size=128,
+                    num_attention_heads=4,
+                    intermediate_size=256,
+                ),
+            )
+        case "align":
+            return replace(whole, train=replace(whole.train, freeze=("language_model",)))
+    return whole
+
+
+def _caption_decoder(model: Model) -> Model:
+    """Two dense layers, which no later stage takes over."""
+    return replace(model, num_layers=2, first_k_dense_replace=2, n_routed_experts=0)
