@@ -15,8 +15,8 @@ Both are the same sum in another order: equal up to rounding.
 
 Everything else (projections, norms, router, experts, head) is the Backbone's own modules. MTP layers have no part.
 
-Legend: B sequences, T tokens of all prompts end to end, S cached tokens, H hidden, N heads, C kv_lora_rank,
-P qk_nope_head_dim, R qk_rope_head_dim, V vocabulary.
+Legend: B sequences, T tokens of all prompts end to end, F of them given as vectors, S cached tokens, H hidden, N heads,
+C kv_lora_rank, P qk_nope_head_dim, R qk_rope_head_dim, V vocabulary.
 """
 
 from __future__ import annotations
@@ -69,10 +69,13 @@ class Decoder:
         self._N, self._v = config.num_attention_heads, config.v_head_dim
 
     @torch.no_grad()
-    def prefill(self, prompts: Sequence[Sequence[int]], capacity: int) -> tuple[torch.Tensor, LatentCache]:
+    def prefill(
+        self, prompts: Sequence[Sequence[int]], capacity: int, given: tuple[torch.Tensor, torch.Tensor] | None = None
+    ) -> tuple[torch.Tensor, LatentCache]:
         """Logits [B, V] after the last token of each prompt, and the cache, with room for `capacity` tokens each.
 
-        Raises ValueError for an empty prompt or one that is longer than `capacity`.
+        `given` (places [F] in [T], vectors [F, H]) stands there in place of the tokens' embeddings: what an image is
+        to the decoder. Raises ValueError for an empty prompt or one that is longer than `capacity`.
         """
         sizes = [len(prompt) for prompt in prompts]
         if not sizes or not 1 <= min(sizes) <= max(sizes) <= capacity:
@@ -102,7 +105,11 @@ class Decoder:
             out_TNV = varlen_attention(q, k, v_TNV.contiguous(), cu_seqlens, max(sizes), attention.softmax_scale)
             return out_TNV.flatten(1)
 
-        hidden_T1H = self._forward(tokens_T, positions_T, capacity, attend)
+        hidden_T1H = self._embedded(tokens_T)
+        if given is not None:
+            places_F, given_FH = given
+            hidden_T1H = hidden_T1H.index_copy(0, places_F, given_FH.to(hidden_T1H.dtype)[:, None])
+        hidden_T1H = self._forward(hidden_T1H, positions_T, capacity, attend)
         return self._logits(hidden_T1H[ends[1:] - 1]), cache
 
     @torch.no_grad()
@@ -132,15 +139,19 @@ class Decoder:
             seen_BNC = scores_BNS.softmax(-1).to(latent_BSC.dtype) @ latent_BSC
             return torch.einsum("bnc,nvc->bnv", seen_BNC, uv_NVC).flatten(1)
 
-        hidden_B1H = self._forward(tokens_B, positions_B, capacity, attend)
+        hidden_B1H = self._forward(self._embedded(tokens_B), positions_B, capacity, attend)
         cache.lengths_B += 1
         return self._logits(hidden_B1H)
 
-    def _forward(
-        self, tokens_T: torch.Tensor, positions_T: torch.Tensor, capacity: int, attend: Any
-    ) -> torch.Tensor:  # fmt: skip
-        """Hidden states [T, 1, H] before the head; `attend` gives [T, N * v] of a layer's queries and latents."""
-        hidden = self._net.embedding(input_ids=tokens_T[None], position_ids=None)
+    def _embedded(self, tokens_T: torch.Tensor) -> torch.Tensor:
+        """[T, 1, H]."""
+        embedded_T1H: torch.Tensor = self._net.embedding(input_ids=tokens_T[None], position_ids=None)
+        return embedded_T1H
+
+    def _forward(self, hidden: torch.Tensor, positions_T: torch.Tensor, capacity: int, attend: Any) -> torch.Tensor:
+        """Hidden states [T, 1, H] before the head, from what is embedded [T, 1, H]; `attend` gives [T, N * v] of a
+        layer's queries and latents.
+        """
         rope_TR, scale = self._rope(positions_T, capacity)
         cos_TR, sin_TR = (rope_TR.cos() * scale).to(hidden.dtype), (rope_TR.sin() * scale).to(hidden.dtype)
         for at, layer in enumerate(self._layers):

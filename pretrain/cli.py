@@ -275,6 +275,8 @@ def import_(ctx: click.Context, folder: Path, overrides: tuple[str, ...], out: P
     "--data", type=FOLDER_THERE, metavar="PACKED_DIR", help="Packed dataset.  [default: the run's valid.path]"
 )
 @click.option("--max-rows", type=click.IntRange(min=0), default=0, metavar="N", help="Of the dataset; 0: all.")
+@click.option("--captions", type=click.IntRange(min=0), default=1000, show_default=True, metavar="N",
+              help="Images to be described, where the model sees; 0: none.")  # fmt: skip
 @click.option("--tokenizer", type=FOLDER_THERE, help="Tokenizer's folder.  [default: the one that the model names]")
 @click.option(
     "--out", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="[default: a new one in RUN/eval]"
@@ -287,6 +289,7 @@ def eval_(
     tasks: Path | None,
     data: Path | None,
     max_rows: int,
+    captions: int,
     tokenizer: Path | None,
     out: Path | None,
     as_json: bool,
@@ -301,20 +304,29 @@ def eval_(
 
     The answer is the choice of the highest likelihood: raw, and by byte.
 
+    A model with a vision tower also says, greedily, what text follows each of N images: how many are exactly that of
+    the dataset, and how many still are when all images are mid-grey.
+
     \b
     Examples:
       perilune eval runs/first
+      perilune eval runs/images --data glyphs/valid --captions 200
       perilune eval runs/first --tasks capitals.jsonl --json
       perilune eval first-hf --data packed/valid --out first.json
     """
     from perilune.pretrain.evaluate.commands import eval_command
 
-    ctx.exit(eval_command(source, tasks, data, tokenizer=tokenizer, max_rows=max_rows, out=out, as_json=as_json))
+    ctx.exit(
+        eval_command(
+            source, tasks, data, tokenizer=tokenizer, max_rows=max_rows, captions=captions, out=out, as_json=as_json
+        )
+    )
 
 
-@main.command(short_help="Continue a text.")
+@main.command(short_help="Continue a text, or describe images.")
 @click.argument("source", metavar="RUN_OR_HF", type=FOLDER_THERE)
-@click.option("--prompt", "prompts", multiple=True, required=True, metavar="TEXT", help="Several are done together.")
+@click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="Several are done together.")
+@click.option("--image", "images", type=FILE_THERE, multiple=True, metavar="FILE", help="JPEG, PNG or WebP.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True, metavar="N")
 @click.option(
     "--temperature",
@@ -340,6 +352,7 @@ def generate(
     ctx: click.Context,
     source: Path,
     prompts: tuple[str, ...],
+    images: tuple[Path, ...],
     max_new_tokens: int,
     temperature: float,
     top_p: float,
@@ -351,16 +364,29 @@ def generate(
 
     Stops at the end of a document. Past tokens are kept as latents only (multi-head latent attention).
 
+    A model with a vision tower is shown every --image in each TEXT: in their order, one where each <image> stands or,
+    where TEXT has none, all before it.
+
     \b
     Examples:
       perilune generate runs/first --prompt 'def main('
+      perilune generate runs/images --image moon.png
+      perilune generate runs/images --image a.png --image b.png --prompt 'First <image>, then <image>:'
       perilune generate first-hf --prompt 'import ' --max-new-tokens 200 --temperature 0.8 --top-p 0.95 --seed 1
     """
     from perilune.pretrain.evaluate.commands import generate_command
 
     ctx.exit(
         generate_command(
-            source, prompts, max_new_tokens, temperature, top_p, seed, tokenizer=tokenizer, as_json=as_json
+            source,
+            prompts,
+            max_new_tokens,
+            temperature,
+            top_p,
+            seed,
+            images=images,
+            tokenizer=tokenizer,
+            as_json=as_json,
         )
     )
 

@@ -127,18 +127,25 @@ def _parts(
     return parts, images
 
 
-def _image(coder: Tokenizer, data: bytes, source: str, at: int, how: Encoding) -> tuple[list[int], EncodedImage]:
+def image_ids(coder: Tokenizer, count: int) -> tuple[list[int], int]:
+    """(ids of an image of `count` placeholders with the marks around them, place of the first placeholder).
+
+    Raises InputError where the vocabulary lacks the marks.
+    """
     begin, content, end, placeholder = coder.media_ids()
-    rule = ImageRule(placeholder, patch_limit=how.patch_limit)
+    before = [begin, *coder.encode_batch([IMAGE_WORD])[0].tolist(), content]
+    return [*before, *[placeholder] * count, end], len(before)
+
+
+def _image(coder: Tokenizer, data: bytes, source: str, at: int, how: Encoding) -> tuple[list[int], EncodedImage]:
+    rule = ImageRule(coder.media_ids()[3], patch_limit=how.patch_limit)
     try:
         ending, width, height = verify_image(data)
         grid = rule.grid(width, height)
     except ValueError as error:
         raise InputError(f"{source}: {error}. Repair it or leave it out") from error
     count = rule.tokens(grid)
-    word = coder.encode_batch([IMAGE_WORD])[0].tolist()
-    before = [begin, *word, content]
-    ids = [*before, *[placeholder] * count, end]
+    ids, first = image_ids(coder, count)
     patches = grid[0] * grid[1]
     if len(ids) > how.seq_len or (how.max_patches is not None and patches > how.max_patches):
         raise InputError(
@@ -146,7 +153,7 @@ def _image(coder: Tokenizer, data: bytes, source: str, at: int, how: Encoding) -
             f"{how.seq_len} tokens and {how.max_patches or 'any number of'} patches. Raise --seq-len or --max-patches, "
             "or lower --patch-limit, which scales images down"
         )
-    return ids, EncodedImage(at, at + len(ids), at + len(before), count, *grid, ending, 0, len(data))
+    return ids, EncodedImage(at, at + len(ids), at + first, count, *grid, ending, 0, len(data))
 
 
 def _given(coder: Tokenizer, ids: np.ndarray, source: str) -> np.ndarray:

@@ -7,7 +7,7 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from perilune.pretrain.errors import InputError, make_folder
 
 if TYPE_CHECKING:
+    from perilune.pretrain.evaluate.captions import Answer
     from perilune.pretrain.evaluate.load import Loaded
 
 _LINES = 40  # of a table of sources; the file of results has all
@@ -31,16 +32,18 @@ def eval_command(
     *,
     tokenizer: Path | None = None,
     max_rows: int = 0,
+    captions: int = 0,
     out: Path | None = None,
     as_json: bool = False,
 ) -> int:
     """Evaluate `source` on `data` (None: its run's validation set) and on `tasks`; returns the exit code.
 
-    Writes `out` (None: a new file in RUN/eval where `source` belongs to a run). Raises InputError for what cannot be
-    evaluated, and where there is nothing to evaluate on.
+    A model with a tower also writes `captions` captions of the images in `data`. Writes `out` (None: a new file in
+    RUN/eval where `source` belongs to a run), and beside it the answers to images. Raises InputError for what cannot
+    be evaluated, and where there is nothing to evaluate on.
     """
     _quiet()
-    from perilune.pretrain.evaluate import choices
+    from perilune.pretrain.evaluate import choices, results
     from perilune.pretrain.evaluate.load import alone, open_model
 
     questions = choices.read_tasks(tasks) if tasks else []
@@ -54,18 +57,24 @@ def eval_command(
         out = out or (_new_file(loaded) if loaded.run_dir else None)
         if out is not None:  # before the time that evaluation takes
             make_folder(out.parent)
+        answers: list[Answer] = []
         result: dict[str, Any] = {"model": str(loaded.path), "step": loaded.step, "time": _now().isoformat()}
         if data is not None:
             result["validation"] = _validated(loaded, data, max_rows)
+            if loaded.vision is not None and captions:
+                answers = _captioned(loaded, data, captions)
         if questions:
             with _bar("questions") as progress:
                 scores = choices.choose(loaded, questions, progress)
             found = choices.accuracies(questions, scores)
             result["tasks"] = {name: accuracy.to_dict() for name, accuracy in found.items()}
             result["tasks_file"] = str(tasks)
+    if answers:
+        from perilune.pretrain.evaluate import captions as captioning
+
+        result["captions"] = captioning.figures(answers, Path(str(data)))
     if out is not None:
-        with out.open("x", encoding="utf-8") as stream:
-            stream.write(json.dumps(result, indent=1, allow_nan=False) + "\n")
+        results.write(out, result, answers)
     if as_json:
         print(json.dumps(result, allow_nan=False))
     else:
@@ -83,13 +92,18 @@ def generate_command(
     top_p: float,
     seed: int,
     *,
+    images: tuple[Path, ...] = (),
     tokenizer: Path | None = None,
     as_json: bool = False,
 ) -> int:
     """Print each prompt with its continuation, or a line of JSON for each; returns the exit code.
 
-    Raises InputError for an empty prompt and for one that, continued, is longer than the model's positions.
+    `images` go into every prompt, as `prompts.encode_prompts` says. Raises InputError for an empty prompt, for one
+    that, continued, is longer than the model's positions, and for images that it cannot be given.
     """
+    if not prompts and not images:
+        raise InputError("nothing to continue: give a text by --prompt, an image by --image, or both")
+    prompts = prompts or ("",)
     if not math.isfinite(temperature):
         raise InputError(f"--temperature {temperature}: must be a finite number")
     if temperature == 0 and top_p < 1:
@@ -97,16 +111,26 @@ def generate_command(
             f"--top-p {top_p} without --temperature: the likeliest token is taken; set --temperature above 0"
         )
     _quiet()
+    from perilune.parallel import mesh as meshes
     from perilune.pretrain.evaluate.generate import generate
     from perilune.pretrain.evaluate.load import alone, open_model
+    from perilune.pretrain.evaluate.prompts import encode_prompts, read_picture
 
     with alone():
         loaded = open_model(source, tokenizer)
         text = loaded.need_text()
-        rows = encode_prompts(loaded, prompts, max_new_tokens)
+        pictures = [read_picture(path, loaded.need_tower()) for path in images]
+        rows, shown = encode_prompts(loaded, prompts, max_new_tokens, pictures)
         start = time.monotonic()
         found = generate(
-            loaded.net, rows, max_new_tokens, eos_ids=text.eos_ids, temperature=temperature, top_p=top_p, seed=seed
+            loaded.net,
+            rows,
+            max_new_tokens,
+            images=shown.to(meshes.device()) if shown else None,
+            eos_ids=text.eos_ids,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
         )
         seconds = time.monotonic() - start
     for prompt, row, continuation in zip(prompts, rows, found, strict=True):
@@ -119,6 +143,7 @@ def generate_command(
                 "prompt_tokens": row,
                 "tokens": list(continuation.tokens),
                 "ended": continuation.ended,
+                **({"images": [str(path) for path in images]} if images else {}),
             }
             print(json.dumps(line))
         else:
@@ -127,27 +152,6 @@ def generate_command(
     if sys.stderr.isatty():
         print(f"{count} tokens in {seconds:.1f} s", file=sys.stderr)
     return 0
-
-
-def encode_prompts(loaded: Loaded, prompts: Sequence[str], max_new_tokens: int) -> list[list[int]]:
-    """Token ids of each prompt, behind the tokenizer's BOS where it wants one.
-
-    Raises InputError for an empty prompt and for one that, continued, is longer than max_position_embeddings.
-    """
-    text, limit = loaded.need_text(), loaded.model.max_position_embeddings
-    for prompt in prompts:
-        if any("\ud800" <= character <= "\udfff" for character in prompt):
-            raise InputError(f"--prompt {ascii(prompt)[:40]}: bytes that are not UTF-8 are no text")
-    rows = [[*text.prefix, *ids.tolist()] for ids in text.tokenizer.encode_batch(prompts)]
-    for prompt, row in zip(prompts, rows, strict=True):
-        if not row:
-            raise InputError("--prompt '': the first token is predicted from nothing; give some text")
-        if len(row) + max_new_tokens > limit:
-            raise InputError(
-                f"--prompt {prompt[:40]!r} has {len(row)} tokens, with --max-new-tokens {max_new_tokens} more than the "
-                f"model's max_position_embeddings {limit}; ask for fewer"
-            )
-    return rows
 
 
 def _quiet() -> None:
@@ -171,6 +175,7 @@ def _validated(loaded: Loaded, data: Path, max_rows: int) -> dict[str, Any]:
             vocab_size=loaded.model.vocab_size,
             document_mask=loaded.config.data.document_mask if loaded.config else True,
             tokenizer_fingerprint=loaded.text.tokenizer.fingerprint if loaded.text else None,
+            vision=loaded.vision,
             max_rows=max_rows,
             progress=progress,
         )
@@ -181,6 +186,24 @@ def _validated(loaded: Loaded, data: Path, max_rows: int) -> dict[str, Any]:
         **found.total.to_dict(),
         "sources": {name: figures.to_dict() for name, figures in found.sources.items()},
     }
+
+
+def _captioned(loaded: Loaded, data: Path, limit: int) -> list[Answer]:
+    """Empty for a dataset without images, or without texts that follow them."""
+    from perilune.pretrain.data.manifest import image_rule
+    from perilune.pretrain.data.reader import PackedDataset
+    from perilune.pretrain.evaluate import captions, results
+
+    dataset = PackedDataset(data)
+    try:
+        rule = image_rule(dataset.manifest)
+        if rule is None:
+            return []
+        found = captions.find(dataset, loaded.need_text().tokenizer, limit)
+        with _bar("captions") as progress:
+            return list(captions.ask(loaded, dataset, found, rule, results.PICTURES, progress))
+    finally:
+        dataset.close()
 
 
 @contextmanager
@@ -217,6 +240,13 @@ def _told(result: dict[str, Any]) -> str:
         parts.append(f"{whole['data']}: {whole['rows']:,} rows\n{_table(rows)}")
         if left:
             parts.append(f"{left} sources with fewer bytes are in the total and, one by one, in --json")
+    if "captions" in result:
+        found = result["captions"]
+        rows = [["images", "captions", "exact match", "of them"]]
+        for what, key in (("as they are", "exact_match"), ("mid-grey", "exact_match_blanked")):
+            count, right = found["captions"], found[f"{key}_count"]
+            rows.append([what, f"{count:,}", _part(found[key], found[f"{key}_stderr"]), f"{right:,}"])
+        parts.append(_table(rows))
     if "tasks" in result:
         rows = [["task", "questions", "accuracy", "by byte"]]
         for name, task in result["tasks"].items():

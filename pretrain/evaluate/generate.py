@@ -12,6 +12,7 @@ import torch
 
 from perilune.moe.backbone import Backbone
 from perilune.moe.decode import Decoder
+from perilune.vision.vlm import Images, VisionLanguageModel
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,16 @@ def generate(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     *,
+    images: Images | None = None,
     eos_ids: Collection[int] = (),
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
 ) -> list[Continuation]:
     """Continue each prompt (token ids, one or more) by at most `max_new_tokens` tokens.
+
+    `images` are those of all prompts, with the places of their features in the prompts' tokens end to end, on the
+    model's device; they need a model with a tower.
 
     `temperature` 0 takes the likeliest token. Above 0, logits are divided by it and a token is drawn from the fewest
     likeliest ones whose probability reaches `top_p` (arXiv 1904.09751, section 3.1), with a generator of its own for
@@ -48,7 +53,7 @@ def generate(
     generators = [torch.Generator().manual_seed(seed + row) for row in range(len(prompts))]
     found: list[list[int]] = [[] for _ in prompts]
     ended = [False] * len(prompts)
-    logits_BV, cache = decoder.prefill(prompts, max(map(len, prompts)) + max_new_tokens)
+    logits_BV, cache = decoder.prefill(prompts, max(map(len, prompts)) + max_new_tokens, _given(net, images))
     while True:
         tokens = _pick(logits_BV, temperature, top_p, generators)
         for row, token in enumerate(tokens):
@@ -58,6 +63,16 @@ def generate(
         if all(end or len(row) == max_new_tokens for end, row in zip(ended, found, strict=True)):
             return [Continuation(tuple(row), end) for row, end in zip(found, ended, strict=True)]
         logits_BV = decoder.step(torch.tensor(tokens, device=logits_BV.device), cache)
+
+
+@torch.no_grad()
+def _given(net: Backbone, images: Images | None) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Where the features of the images stand, and what they are."""
+    if images is None or not images.places_F.numel():
+        return None
+    if not isinstance(net, VisionLanguageModel):
+        raise ValueError("images for a model without a tower")
+    return images.places_F, net.features(images)[images.features_F]
 
 
 def _pick(logits_BV: torch.Tensor, temperature: float, top_p: float, generators: list[torch.Generator]) -> list[int]:

@@ -11,6 +11,7 @@ import torch
 
 from perilune.moe.backbone import Backbone, packed_params
 from perilune.parallel import mesh as meshes
+from perilune.vision import vlm
 
 FORWARD_TOKENS = (
     4096  # of a forward pass, at least one document or row; bounds the logits held, FORWARD_TOKENS x V fp32
@@ -19,20 +20,37 @@ FORWARD_TOKENS = (
 
 @torch.no_grad()
 def packed_losses(
-    net: Backbone, inputs_T: torch.Tensor, labels_T: torch.Tensor, positions_T: torch.Tensor, cu_seqlens: torch.Tensor
+    net: Backbone,
+    inputs_T: torch.Tensor,
+    labels_T: torch.Tensor,
+    positions_T: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    images: vlm.Images | None = None,
 ) -> torch.Tensor:
-    """Cross entropy [T] (nats, fp32) of each label given the tokens of its segment up to its input."""
+    """Cross entropy [T] (nats, fp32) of each label given the tokens of its segment up to its input.
+
+    A model with a tower sees `images` there; None: text alone.
+    """
     device = meshes.device()
     lengths = cu_seqlens.diff()
     net.scale.tokens_per_row = inputs_T.numel()
+    given = {}
+    if isinstance(net, vlm.VisionLanguageModel):
+        given["images"] = (images or _no_images(net.vision_tower.vision.patch_size)).to(device)
     losses_1T = net(
         input_ids=inputs_T[None].to(device),
         position_ids=positions_T[None].to(device),
         attention_mask=None,
         labels=labels_T[None].to(device),
         packed_seq_params=packed_params(cu_seqlens.to(device), int(lengths.max())),
+        **given,
     )
     return losses_1T[0].float().cpu()
+
+
+def _no_images(patch_size: int) -> vlm.Images:
+    patches = torch.zeros(0, 3, patch_size, patch_size, dtype=torch.uint8)
+    return vlm.images_of(patches, torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), 1)
 
 
 def log_likelihoods(net: Backbone, documents: Iterable[Sequence[int]]) -> Iterator[torch.Tensor]:

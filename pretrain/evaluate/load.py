@@ -21,12 +21,14 @@ from perilune.pretrain.data.tokenizer import Tokenizer, load_tokenizer
 from perilune.pretrain.errors import InputError
 from perilune.pretrain.hf import card
 from perilune.pretrain.hf.config import config_from_hf
+from perilune.pretrain.hf.config_vision import Media, patch_limit_of, without_vision
 from perilune.pretrain.hf.folder import read_json
 from perilune.pretrain.hf.importing import Reader
 from perilune.pretrain.hf.source import Checkpoint, checkpoint_of, neither
 from perilune.pretrain.hf.table import Tensor
 from perilune.pretrain.hf.weights import WeightFolder
-from perilune.pretrain.schema import Config, Model, Precision
+from perilune.pretrain.schema import Config, Model, Precision, Vision
+from perilune.vision.image_header import ImageRule
 
 
 @dataclass(frozen=True)
@@ -50,12 +52,23 @@ class Loaded:
     config: Config | None  # of a checkpoint
     text: Text | None
     no_text: str = ""  # why `text` is None
+    vision: Vision | None = None  # None: a language model alone
+    patch_limit: int = ImageRule.patch_limit  # above which images are scaled down
 
     def need_text(self) -> Text:
         """Raises InputError where there is no tokenizer."""
         if self.text is None:
             raise InputError(f"{self.path} comes without a tokenizer ({self.no_text}); name its folder by --tokenizer")
         return self.text
+
+    def need_tower(self) -> ImageRule:
+        """How images become patches and placeholders. Raises InputError for a model without a tower, and where the
+        tokenizer lacks the tokens of images.
+        """
+        if self.vision is None:
+            raise InputError(f"{self.path} is of a language model alone, without a vision tower: it sees no image")
+        placeholder = self.need_text().tokenizer.media_ids()[3]
+        return ImageRule(placeholder, self.vision.patch_size, self.vision.merge_size, self.patch_limit)
 
 
 @contextmanager
@@ -83,13 +96,8 @@ def open_model(path: Path, tokenizer: Path | None = None) -> Loaded:
     if checkpoint_of(path) is None:
         raise InputError(neither(path, "a Hugging Face folder (config.json)"))
     checkpoint = Checkpoint(path)
-    if checkpoint.config.vision.num_layers:
-        raise InputError(
-            f"{path} is of a model with a vision tower (vision.num_layers={checkpoint.config.vision.num_layers}); such "
-            "a one cannot be evaluated or asked yet"
-        )
-    model = replace(checkpoint.config.model, num_nextn_predict_layers=0)
-    net = _build(model, checkpoint.dtype())
+    model, vision = replace(checkpoint.config.model, num_nextn_predict_layers=0), checkpoint.config.vision
+    net = _build(model, vision, checkpoint.dtype())
     _fill(net, checkpoint.tensors, lambda target, key: target.copy_(checkpoint.read(key)))
     own = card.tokenizer_of(checkpoint) if tokenizer is None else card.TokenizerFiles()
     where = tokenizer or (own.files[0].parent if own.files else None)
@@ -102,16 +110,20 @@ def open_model(path: Path, tokenizer: Path | None = None) -> Loaded:
         config=checkpoint.config,
         text=_text(where, model) if where else None,
         no_text=own.missing,
+        vision=vision if vision.num_layers else None,
+        patch_limit=card.patch_limit(checkpoint),
     )
 
 
 def _from_hf(path: Path, tokenizer: Path | None) -> Loaded:
     raw = read_json(path / "config.json")
-    found = config_from_hf(raw)
+    seen = without_vision(raw)
+    decoder, vision, names, media = seen or (raw, Vision(), "deepseek_v3", None)
+    found = config_from_hf(decoder)
     model = replace(found, num_nextn_predict_layers=0)
     with WeightFolder(path) as weights:
-        reader = Reader(weights, raw, found, model)
-        net = _build(model, reader.dtype)
+        reader = Reader(weights, decoder, found, model, vision, names)
+        net = _build(model, vision, reader.dtype)
 
         def read(target: torch.Tensor, key: str) -> None:
             for offset, shape, parts in reader.table[key].pieces():
@@ -122,11 +134,33 @@ def _from_hf(path: Path, tokenizer: Path | None) -> Loaded:
     where = tokenizer or path
     here = (where / "tokenizer.json").is_file() or tokenizer is not None
     text = _text(where, model) if here else None
+    if text is not None and media is not None:
+        _same_placeholder(text.tokenizer, media, path)
     generation = path / "generation_config.json"
     ends = read_json(generation).get("eos_token_id") if generation.is_file() else raw.get("eos_token_id")
     if text is not None and ends is not None:
         text = replace(text, eos_ids=_ids(ends, path))
-    return Loaded(net, model, path, None, None, None, text, "" if here else "it holds no tokenizer.json")
+    processor = path / "preprocessor_config.json"
+    return Loaded(
+        net=net,
+        model=model,
+        path=path,
+        step=None,
+        run_dir=None,
+        config=None,
+        text=text,
+        no_text="" if here else "it holds no tokenizer.json",
+        vision=vision if vision.num_layers else None,
+        patch_limit=patch_limit_of(read_json(processor)) if processor.is_file() else ImageRule.patch_limit,
+    )
+
+
+def _same_placeholder(tokenizer: Tokenizer, media: Media, path: Path) -> None:
+    if tokenizer.media_pad_id != media.pad:
+        raise InputError(
+            f"{path}: config.json says that token {media.pad} stands for images, the tokenizer {tokenizer.path} that "
+            f"{tokenizer.media_pad_id} does; name the model's own by --tokenizer"
+        )
 
 
 def _ids(said: object, path: Path) -> frozenset[int]:
@@ -147,10 +181,11 @@ def _text(path: Path, model: Model) -> Text:
     return Text(tokenizer, tuple(prefix), frozenset({tokenizer.eos_id}))
 
 
-def _build(model: Model, dtype: torch.dtype) -> backbone.Backbone:
+def _build(model: Model, vision: Vision, dtype: torch.dtype) -> backbone.Backbone:
     precision = Precision(compute="bf16" if dtype is torch.bfloat16 else "fp32")
-    config = replace(Config(), model=model, precision=precision)
-    net = backbone.build(models.backbone_config(config, meshes.Mesh(1))).to(meshes.device())
+    config = replace(Config(), model=model, vision=vision, precision=precision)
+    (net,) = models.build_chunks(config, meshes.Mesh(1))
+    net.to(meshes.device())
     net.eval()
     return net
 

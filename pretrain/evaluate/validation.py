@@ -22,6 +22,8 @@ from perilune.pretrain.data.shard import Row
 from perilune.pretrain.data.stream import valid_batches
 from perilune.pretrain.errors import InputError
 from perilune.pretrain.evaluate.likelihood import FORWARD_TOKENS, packed_losses
+from perilune.pretrain.schema import Vision
+from perilune.vision.vlm import images_of
 
 
 @dataclass(frozen=True)
@@ -74,13 +76,14 @@ def validate(
     vocab_size: int,
     document_mask: bool = True,
     tokenizer_fingerprint: str | None = None,
+    vision: Vision | None = None,
     max_rows: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Validation:
     """Figures of the first `max_rows` rows (0: all) of the order in which training validates.
 
-    `progress` is told rows done and rows to do. Raises InputError for a dataset that is damaged or of another tokenizer
-    or vocabulary.
+    `vision` is the tower of a model that has one. `progress` is told rows done and rows to do. Raises InputError for a
+    dataset that is damaged or of another tokenizer or vocabulary.
     """
     dataset = PackedDataset(path)
     rows_of = {dataset.sample_id(index): index for index in range(len(dataset))}
@@ -102,8 +105,10 @@ def validate(
             max_rows=total,
             vocab_size=vocab_size,
             tokenizer_fingerprint=tokenizer_fingerprint,
+            vision=vision,
         ):
-            losses_T = packed_losses(net, batch.inputs[0], batch.labels[0], batch.positions, batch.cu_seqlens)
+            images = images_of(batch.patches, batch.grids, batch.image_index, batch.inputs.shape[1]) if vision else None
+            losses_T = packed_losses(net, batch.inputs[0], batch.labels[0], batch.positions, batch.cu_seqlens, images)
             losses_RS = losses_T.double().view(batch.rows, -1).numpy()
             counted_RS = batch.loss_mask[0].view(batch.rows, -1).numpy() > 0
             labels_RS = batch.labels[0].view(batch.rows, -1).numpy()

@@ -129,6 +129,19 @@ def without_vision(raw: Mapping[str, Any]) -> tuple[dict[str, Any], Vision, str,
     return {**text, "architectures": None, **kind, **types}, vision, str(names), media
 
 
+def patch_limit_of(raw: Mapping[str, Any]) -> int:
+    """Patches above which a preprocessor_config.json has images scaled down. Raises InputError where it says none.
+
+    Kimi-K2.5's published one has them below `media_proc_cfg`.
+    """
+    inner = raw.get("media_proc_cfg")
+    fields = {**raw, **(inner if isinstance(inner, Mapping) else {})}
+    limit = fields.get("in_token_limit", fields.get("in_patch_limit", fields.get("max_patches")))
+    if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
+        raise InputError(f"preprocessor_config.json has no limit of patches (in_token_limit, max_patches): {limit!r}")
+    return limit
+
+
 def _not_expressible(v: Vision, names: str) -> Iterator[str]:
     if v.layer_norm_eps != 1e-5:
         yield f"vision.layer_norm_eps={v.layer_norm_eps}, and its readers compute with 1e-05 whatever config.json says"

@@ -16,9 +16,9 @@ from perilune.pretrain import model as models
 from perilune.pretrain.data.stream import valid_batches
 from perilune.pretrain.errors import InputError
 from perilune.pretrain.evaluate import choices, likelihood, validation
-from perilune.pretrain.evaluate.commands import encode_prompts
 from perilune.pretrain.evaluate.generate import Continuation, generate
 from perilune.pretrain.evaluate.load import Loaded, open_model
+from perilune.pretrain.evaluate.prompts import encode_prompts
 from perilune.pretrain.hf import ours
 from perilune.pretrain.objective import next_token
 from perilune.pretrain.schema import Config
