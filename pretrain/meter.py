@@ -10,8 +10,9 @@ import torch
 
 from perilune.parallel import precision
 from perilune.pretrain.data.batch import PackedBatch
+from perilune.pretrain.data.pairs import pairs_of
 from perilune.pretrain.plan.counts import flops_per_token
-from perilune.pretrain.plan.vision_counts import image_flops
+from perilune.pretrain.plan.vision_counts import contrastive_flops, image_flops
 from perilune.pretrain.schema import Config
 from perilune.pretrain.timetable import StepPlan
 
@@ -52,6 +53,8 @@ class Meter:
         self._seq_len = config.data.seq_len
         self._flops = flops_per_token(config.model, config.data.seq_len).training
         self._image, self._dp = image_flops(config.vision, config.model.hidden_size), dp
+        self._compares = config.contrastive.loss != "none"
+        self._contrast = contrastive_flops(config.contrastive, config.vision)
         self._peak = peak_rate * world if peak_rate else None
 
     def start(self) -> None:
@@ -66,9 +69,17 @@ class Meter:
             torch.cuda.synchronize()
         seconds, tokens = time.perf_counter() - self._began, todo.rows * self._seq_len
         images = self._dp * sum(self._image.training((d, a)) for batch in batches for d, a in batch.grids.tolist())
+        if self._compares:
+            images += self._dp * sum(map(self._comparing, batches))
         return {
             "lr": todo.lr,
             "tokens_per_s": tokens / seconds,
             "mfu": (tokens * self._flops + images) / seconds / self._peak if self._peak else None,
             "data_wait_s": self._data_wait,
         }
+
+    def _comparing(self, batch: PackedBatch) -> float:
+        """FLOPs of this rank, of one micro-batch: its images beside the texts of as many ranks with as many pairs."""
+        pairs = pairs_of(batch)
+        texts, patches = pairs.cu_seqlens.diff().tolist(), batch.grids.prod(-1).tolist()
+        return 3 * self._contrast.forward(texts, patches, self._dp * len(pairs) ** 2)

@@ -74,7 +74,7 @@ def load(config: Config, model: Any, weights: dict[str, torch.Tensor]) -> None:
 def named(config: Config, pieces: list[list[Piece]], part: bool = False) -> dict[str, torch.Tensor]:
     """Hugging Face names -> tensor, from every rank's pieces; those of a part of the model only if `part`.
 
-    Tensors of tower and projector go by their names in a checkpoint.
+    Tensors of all but the decoder go by their names in a checkpoint.
 
     Raises KeyError where a tensor of the model is missing, unless `part`.
     """
@@ -87,8 +87,9 @@ def named(config: Config, pieces: list[list[Piece]], part: bool = False) -> dict
     seeing = {key: tensor for key, tensor in full.items() if key.startswith(_SEEING)}
     if not part and (found := sum(t.numel() for t in seeing.values())) != (
         expected := vision_counts.parameters(config.vision, config.model.hidden_size).total
+        + vision_counts.contrastive_parameters(config.contrastive, config.vision, config.model.vocab_size).total
     ):
-        raise KeyError(f"tower and projector have {found} elements here, by their sizes {expected}")
+        raise KeyError(f"all but the decoder have {found} elements here, by their sizes {expected}")
     return {b.theirs: full[b.ours][b.index] for b in wanted} | seeing
 
 
@@ -200,18 +201,19 @@ def _gather_gradients(model: models.Model) -> None:
 def gradients(config: Config, weights: dict[str, torch.Tensor], batch: Any, mtp_weight: float) -> dict[str, Any]:
     """One global batch (a list of micro-batches, dealt over data-parallel ranks) through this layout.
 
-    Returns this rank's view: `sums` [2, 1+D], `load` [layers, E] and `balance` as `step.forward_backward` gives them,
-    and pieces for `named`: `gradients`, and `biases` after the step. `config.parallel.zero1` must be False, so that
+    Returns this rank's view: `sums` [2, 1+D], `load` [layers, E], `balance` and `pairs` [2] as `step.forward_backward`
+    gives them, and pieces for `named`: `gradients`, and `biases` after the step. `config.parallel.zero1` must be False, so that
     every data-parallel rank holds whole gradients.
     """
     model, dp = _start(config)
     load(config, model, weights)
     mine = batch[parallel_state.get_data_parallel_rank() :: dp]
-    sums, load_LE, balance, *_ = step.forward_backward(model, mine, next_token, mtp_weight, bias_speed=1e-3)
+    found = step.forward_backward(model, mine, next_token, mtp_weight, bias_speed=1e-3)
     return {
-        "sums": sums,
-        "load": load_LE,
-        "balance": balance,
+        "sums": found.sums,
+        "load": found.load_LE,
+        "balance": found.balance,
+        "pairs": found.pairs,
         "gradients": pieces(model, lambda t: getattr(t, "main_grad", None)),
         "biases": pieces(model, lambda t: None if isinstance(t, torch.nn.Parameter) else t),
     }

@@ -11,7 +11,8 @@ from perilune.pretrain.errors import InputError
 from perilune.pretrain.plan import vision_counts
 from perilune.pretrain.plan.counts import layer_weights
 from perilune.pretrain.plan.stages import NO_VISION, stages_of
-from perilune.pretrain.schema import Config, Model, Parallel, Vision
+from perilune.pretrain.plan.vision_counts import NO_CONTRASTIVE
+from perilune.pretrain.schema import Config, Contrastive, Model, Parallel, Vision
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,13 @@ class RankCount:
         return self.dense + self.experts
 
 
-def parameters_per_rank(model: Model, parallel: Parallel, pp_rank: int, vision: Vision = NO_VISION) -> RankCount:
+def parameters_per_rank(
+    model: Model,
+    parallel: Parallel,
+    pp_rank: int,
+    vision: Vision = NO_VISION,
+    contrastive: Contrastive = NO_CONTRASTIVE,
+) -> RankCount:
     """Elements on every rank of pipeline rank `pp_rank`; equal over tp, ep and data-parallel ranks.
 
     Raises InputError where a size does not divide by its degree, or `pp_rank` is not one of `parallel.pp`.
@@ -39,11 +46,11 @@ def parameters_per_rank(model: Model, parallel: Parallel, pp_rank: int, vision: 
     if not 0 <= pp_rank < parallel.pp:
         raise InputError(f"pp_rank={pp_rank} must be at least 0 and less than parallel.pp={parallel.pp}")
     stages = stages_of(model, parallel, vision)[pp_rank :: parallel.pp]
-    chunks = [_stage_count(model, parallel, stage, vision) for stage in stages]
+    chunks = [_stage_count(model, parallel, stage, vision, contrastive) for stage in stages]
     return RankCount(**{name: sum(getattr(c, name) for c in chunks) for name in RankCount.__dataclass_fields__})
 
 
-def _stage_count(model: Model, parallel: Parallel, stage: Stage, vision: Vision) -> RankCount:
+def _stage_count(model: Model, parallel: Parallel, stage: Stage, vision: Vision, contrastive: Contrastive) -> RankCount:
     """One chunk: its layers, and what goes with embedding (the tower too), MTP and loss."""
     layers = list(stage.layers) + [model.num_layers + k for k in range(stage.mtp)]
     weights = [w for layer in layers for w in layer_weights(model, layer) if w.part != "router_bias"]
@@ -54,6 +61,7 @@ def _stage_count(model: Model, parallel: Parallel, stage: Stage, vision: Vision)
     dense = sum(w.numel // (parallel.tp if w.over == "tp" else 1) for w in weights if w.over != "experts")
     if stage.embedding:
         dense += vision_counts.per_rank(vision, model.hidden_size, parallel.tp)
+        dense += vision_counts.contrastive_per_rank(contrastive, vision, model.vocab_size, parallel.tp)
     if stage.final_norm:
         dense += model.hidden_size
     return RankCount(
@@ -104,6 +112,7 @@ def bytes_per_rank(
     world_size: int,
     compute: Literal["fp32", "bf16"],
     vision: Vision = NO_VISION,
+    contrastive: Contrastive = NO_CONTRASTIVE,
 ) -> RankBytes:
     """Weights, FP32 gradients and AdamW's state of Megatron-core's distributed optimizer (ZeRO-1), in bytes.
 
@@ -113,7 +122,7 @@ def bytes_per_rank(
 
     Raises InputError as `parameters_per_rank`, and where `world_size` does not divide by the degrees.
     """
-    count = parameters_per_rank(model, parallel, pp_rank, vision)
+    count = parameters_per_rank(model, parallel, pp_rank, vision, contrastive)
     dense_product = parallel.tp * parallel.pp * parallel.cp
     expert_product = parallel.pp * parallel.ep * parallel.etp
     if world_size % dense_product or world_size % expert_product:
@@ -134,13 +143,13 @@ def bytes_per_rank(
 
 def rank_table(config: Config, world_size: int) -> str:
     """Elements and bytes of the distinct kinds of pipeline rank, a line each. Raises as `bytes_per_rank`."""
-    model, parallel, vision = config.model, config.parallel, config.vision
+    model, parallel, seen = config.model, config.parallel, (config.vision, config.contrastive)
     compute: Literal["fp32", "bf16"] = "fp32" if config.precision.compute == "fp32" else "bf16"
     heads = f"{'weights GiB':>13}{'grads GiB':>13}{'optimizer GiB':>15}"
     lines = [f"{'pipeline ranks':<16}{'dense':>18}{'experts':>18}{heads}"]
-    for count, group in groupby(range(parallel.pp), key=lambda r: parameters_per_rank(model, parallel, r, vision)):
+    for count, group in groupby(range(parallel.pp), key=lambda r: parameters_per_rank(model, parallel, r, *seen)):
         ranks = list(group)
-        held = bytes_per_rank(model, parallel, ranks[0], world_size, compute, vision)
+        held = bytes_per_rank(model, parallel, ranks[0], world_size, compute, *seen)
         name = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}"
         lines.append(
             f"{name:<16}{count.dense:>18,}{count.experts:>18,}"

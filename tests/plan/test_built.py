@@ -11,7 +11,7 @@ from perilune.pretrain.plan.built import count_rank
 from perilune.pretrain.plan.counts import parameters
 from perilune.pretrain.plan.ranks import parameters_per_rank
 from perilune.pretrain.plan.stages import stages_of
-from perilune.pretrain.schema import Config, Precision
+from perilune.pretrain.schema import Config, Contrastive, Precision
 
 
 def plain(name: str, **parallel: object) -> Config:
@@ -29,6 +29,10 @@ LAYOUTS = {
     ),
     "moonlight": (plain("moonlight_16b_a3b", tp=2, pp=1, ep=8), 8),
     "Kimi-VL, its tower split over 2": (plain("kimi_vl_a3b", tp=2, pp=1, ep=8), 8),
+    "Kimi-VL with a text encoder": (
+        replace(plain("kimi_vl_a3b", tp=2, pp=1, ep=8), contrastive=Contrastive(loss="siglip", hidden_size=768)),
+        8,
+    ),
     "Kimi-VL, its tower in the first of 4 stages": (plain("kimi_vl_a3b", tp=1, pp=4, ep=2), 8),
     "deepseek_v3 balanced over 16 x 2, last chunk empty": (plain("deepseek_v3", vpp=2, ep=1, layout=None), 16),
     "moonlight, 27 layers balanced over 4 x 2": (plain("moonlight_16b_a3b", tp=1, pp=4, vpp=2, ep=1), 4),
@@ -52,7 +56,7 @@ def test_counts_equal_the_built_model_on_every_stage(layout: str) -> None:
     config, world = LAYOUTS[layout]
     for stage in range(config.parallel.pp):
         assert count_rank(config, world, stage) == parameters_per_rank(
-            config.model, config.parallel, stage, config.vision
+            config.model, config.parallel, stage, config.vision, config.contrastive
         ), stage
 
 
