@@ -10,7 +10,7 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from itertools import accumulate, pairwise
+from itertools import accumulate, groupby, pairwise
 from typing import Any
 
 import torch
@@ -70,10 +70,11 @@ def image_attention(
         bounds, longest = (cu_seqlens, cu_seqlens), (max_seqlen, max_seqlen)
         return _flash(flash, q_TND, k_TND, v_TND, bounds, longest, scale, causal=False)
     outs = []
-    lengths = cu_seqlens.diff().tolist()
-    for parts in zip(*(x.transpose(0, 1).split(lengths, dim=1) for x in (q_TND, k_TND, v_TND)), strict=True):
-        q, k, v = (part.unsqueeze(0) for part in parts)
-        outs.append(F.scaled_dot_product_attention(q, k, v, scale=scale).squeeze(0).transpose(0, 1))
+    alike = [(length, len(list(run))) for length, run in groupby(cu_seqlens.diff().tolist())]  # neighbours, one call
+    tokens = [length * count for length, count in alike]
+    for (_, count), *parts in zip(alike, *(x.split(tokens) for x in (q_TND, k_TND, v_TND)), strict=True):
+        q, k, v = (part.unflatten(0, (count, -1)).transpose(1, 2) for part in parts)
+        outs.append(F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(0, 1))
     return torch.cat(outs) if len(outs) > 1 else outs[0]
 
 

@@ -1,7 +1,8 @@
-"""Rotary position embedding (arXiv 2104.09864) of the pairs that DeepSeek's MLA rotates: neighbours of the input.
+"""Rotary position embedding (arXiv 2104.09864) of pairs that are neighbours in the input, as DeepSeek's MLA has them.
 
-The output holds first all even, then all odd members of the pairs, as DeepSeek's and Megatron-core's do: attention
-sees the same order in queries and keys, so nothing is moved back. T tokens, N heads, R the rotated size.
+`rotate_pairs` puts out first all even, then all odd members of the pairs, as DeepSeek's and Megatron-core's do:
+attention sees the same order in queries and keys, so nothing is moved back. `rotate_neighbours` leaves each in place.
+T tokens, N heads, R the rotated size.
 """
 
 from __future__ import annotations
@@ -18,6 +19,12 @@ def rotate_pairs(x_TNR: torch.Tensor, angles_T1R: torch.Tensor, scale: float = 1
     cos, sin = ((function(angles) * scale).to(x_TNR.dtype) for function in (torch.cos, torch.sin))
     out: torch.Tensor = _Rotate.apply(x_TNR, cos, sin)
     return out
+
+
+def rotate_neighbours(x_TNR: torch.Tensor, turns_T1C: torch.Tensor) -> torch.Tensor:
+    """Pair i of each token times the complex number `turns_T1C[..., i]` (C = R / 2), in fp32 whatever the type of x."""
+    pairs = torch.view_as_complex(x_TNR.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * turns_T1C).flatten(-2).to(x_TNR.dtype)
 
 
 class _Rotate(torch.autograd.Function):

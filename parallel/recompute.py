@@ -13,12 +13,19 @@ MODULES = {
     "core_attn": "attention core: q, k, v are kept, scores and output are not",
     "mla_up_proj": "MLA up-projections and RoPE: only the latents are kept",
     "layernorm": "norms before attention and FFN",
-    "mlp": "SwiGLU FFN of the dense layers",
+    "mlp": "FFN of the dense layers, and of a tower's",
     "moe": "whole MoE layer: routing, dispatch and experts run twice",
     "moe_act": "SwiGLU of the routed experts",
     "shared_experts": "shared experts",
     "mtp": "whole MTP layers",
 }
+
+TOWER = ("core_attn", "layernorm", "mlp")  # what a vision tower's layers have of these
+
+
+def of_tower(modules: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of `modules` that a vision tower has: the others are the decoder's alone."""
+    return tuple(name for name in modules if name in TOWER)
 
 
 def problem(granularity: str, modules: tuple[str, ...]) -> str | None:

@@ -51,6 +51,7 @@ def vision_config(config: Config, mesh: Mesh) -> VisionConfig:
         mesh=mesh,
         dtype=precision.dtype(config.precision.compute),
         recompute_granularity=config.recompute.granularity,
+        recompute_modules=config.recompute.modules,
         contrastive=config.contrastive if config.contrastive.loss != "none" else None,
         vocab_size=config.model.vocab_size,
     )

@@ -31,6 +31,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from perilune.kernels.attention import image_attention
+from perilune.kernels.rope import rotate_neighbours
 from perilune.parallel import recompute
 from perilune.parallel.mesh import Mesh
 from perilune.parallel.precision import spec_provider
@@ -45,6 +46,7 @@ class VisionConfig:
     mesh: Mesh
     dtype: torch.dtype = torch.float32
     recompute_granularity: str = "none"  # full: each block keeps its input alone
+    recompute_modules: tuple[str, ...] = ()  # of selective: the decoder's too, of which some are the tower's
     contrastive: Any = None  # the fields of `pretrain.schema.Contrastive`; None: images are compared with nothing
     vocab_size: int = 0  # of the texts that they are compared with
 
@@ -76,7 +78,7 @@ def transformer_config(config: VisionConfig, sizes: Any = None) -> TransformerCo
         gradient_accumulation_fusion=False,
         tensor_model_parallel_size=config.mesh.tp,
         sequence_parallel=False,
-        **recompute.settings("full" if config.recompute_granularity == "full" else "none", ()),
+        **recompute.settings(config.recompute_granularity, recompute.of_tower(config.recompute_modules)),
     )
 
 
@@ -84,15 +86,19 @@ def transformer_config(config: VisionConfig, sizes: Any = None) -> TransformerCo
 class PackedImages(PackedSeqParams):
     """Where images end among the patches, on its way through Megatron-core's attention, to which they are one sequence.
 
-    (Told that tokens are packed, it hands RoPE a tensor without a batch, which its adjacent pairs do not take.)
+    (Told that tokens are packed, it would hand its RoPE a tensor without a batch, which adjacent pairs do not take.)
     """
 
     images: torch.Tensor = None  # type: ignore[assignment]  # [I + 1] int32 boundaries
     longest: int = 0  # patches of the largest image
+    turns: torch.Tensor | None = None  # [P, 1, D / 2] complex, of RoPE; None: queries and keys are turned already
 
 
 class ImageAttention(torch.nn.Module):
-    """Attention inside each image; takes Megatron-core's arguments for a core attention."""
+    """RoPE and attention inside each image; takes Megatron-core's arguments for a core attention.
+
+    (Megatron-core's own RoPE, before the core, takes sines and cosines anew in every layer, of queries and of keys.)
+    """
 
     def __init__(self, config: Any, *args: Any, softmax_scale: float | None = None, **kwargs: Any) -> None:
         super().__init__()
@@ -105,6 +111,8 @@ class ImageAttention(torch.nn.Module):
         """Returns [P, 1, N * D]."""
         packed: PackedImages = kwargs["packed_seq_params"]
         q, k, v = (x.squeeze(1) for x in (q_P1ND, k_P1ND, v_P1ND))
+        if packed.turns is not None:
+            q, k = (rotate_neighbours(x, packed.turns) for x in (q, k))
         out_PND = image_attention(q, k, v, packed.images, packed.longest, self.softmax_scale)
         return out_PND.flatten(1).unsqueeze(1)
 
@@ -144,12 +152,13 @@ def _bicubic(size: int, target: int) -> torch.Tensor:
     return F.interpolate(unit, size=(target, 1), mode="bicubic", align_corners=False)[0, :, :, 0].T.contiguous()
 
 
-def _angles(down: int, across: int, dim: int, theta: float) -> torch.Tensor:
-    """[down * across, dim] of 2-D RoPE: frequency i turns pair 2i by the column, pair 2i + 1 by the row."""
+@lru_cache(maxsize=64)
+def turns(down: int, across: int, dim: int, theta: float) -> torch.Tensor:
+    """[down * across, dim / 2] complex, 2-D RoPE's: frequency i turns pair 2i by the column, pair 2i + 1 by the row."""
     frequencies = theta ** (-torch.arange(0, dim, 4, dtype=torch.float64) / dim)
     y, x = torch.meshgrid(torch.arange(down), torch.arange(across), indexing="ij")
-    turns = torch.stack((x, y), -1).reshape(-1, 1, 2) * frequencies[:, None]  # [P, dim / 4, (x, y)]
-    return turns.float().flatten(1).repeat_interleave(2, dim=1)
+    angles = torch.stack((x, y), -1).reshape(-1, 1, 2) * frequencies[:, None]  # [P, dim / 4, (x, y)]
+    return torch.polar(torch.ones((), dtype=torch.float64), angles).to(torch.complex64).flatten(1)
 
 
 class MoonViT(MegatronModule):
@@ -181,13 +190,11 @@ class MoonViT(MegatronModule):
             )
         hidden_P1H = self.patch_embed(patches, sizes)[:, None]
         dim = self.vision.hidden_size // self.vision.num_attention_heads
-        angles = torch.cat([_angles(*size, dim, self.vision.rope_theta) for size in sizes]).to(hidden_P1H.device)
+        turned = torch.cat([turns(*size, dim, self.vision.rope_theta) for size in sizes]).to(hidden_P1H.device)
         lengths = [down * across for down, across in sizes]
         bounds = torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32, device=hidden_P1H.device)
-        packed = PackedImages(qkv_format="sbhd", images=bounds, longest=max(lengths))
-        hidden_P1H = self.encoder(
-            hidden_P1H, attention_mask=None, rotary_pos_emb=angles[:, None, None], packed_seq_params=packed
-        )
+        packed = PackedImages(qkv_format="sbhd", images=bounds, longest=max(lengths), turns=turned[:, None])
+        hidden_P1H = self.encoder(hidden_P1H, attention_mask=None, packed_seq_params=packed)
         return merged(hidden_P1H.squeeze(1), sizes)
 
 
@@ -199,10 +206,15 @@ def merged(hidden_PH: torch.Tensor, grids: list[tuple[int, int]]) -> torch.Tenso
     return torch.cat(cells)
 
 
+def backend() -> Any:
+    """Whose linear layers and norms the vision side has: Transformer Engine's or Megatron-core's local ones."""
+    return spec_provider(WrappedTorchNorm, ImageAttention, torch.nn.Identity)
+
+
 def block(layers: int) -> TransformerBlockSubmodules:
     """The spec of so many layers, and of a norm after them."""
-    backend = spec_provider(WrappedTorchNorm, ImageAttention, torch.nn.Identity)
-    column, row, norm = backend.column_parallel_linear(), backend.row_parallel_linear(), backend.layer_norm()
+    modules = backend()
+    column, row, norm = modules.column_parallel_linear(), modules.row_parallel_linear(), modules.layer_norm()
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.no_mask},

@@ -8,10 +8,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.module import MegatronModule
 
-from perilune.vision.moonvit import VisionConfig, transformer_config
+from perilune.vision.moonvit import VisionConfig, backend, transformer_config
 
 
 class Projector(MegatronModule):
@@ -22,10 +21,12 @@ class Projector(MegatronModule):
         super().__init__(config=mc)
         H, merged = mc.hidden_size, config.vision.merge_size**2 * mc.hidden_size
         group = parallel_state.get_tensor_model_parallel_group()
-        common = {"config": mc, "init_method": mc.init_method, "bias": True, "skip_bias_add": False, "tp_group": group}
+        column, row = backend().column_parallel_linear(), backend().row_parallel_linear()
+        common = {"config": mc, "init_method": mc.init_method, "bias": True, "skip_bias_add": False, "tp_group": group,
+                  "is_expert": False}  # fmt: skip
         self.pre_norm = torch.nn.LayerNorm(H, eps=1e-5, dtype=config.dtype)
-        self.linear_1 = ColumnParallelLinear(merged, merged, gather_output=False, **common)
-        self.linear_2 = RowParallelLinear(merged, config.text_hidden, input_is_parallel=True, **common)
+        self.linear_1 = column(merged, merged, gather_output=False, **common)
+        self.linear_2 = row(merged, config.text_hidden, input_is_parallel=True, **common)
 
     @property
     def dtype(self) -> torch.dtype:

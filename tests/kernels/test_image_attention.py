@@ -23,7 +23,7 @@ def bounds(lengths: list[int]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-@pytest.mark.parametrize("lengths", [[8], [4, 24, 4], [1, 3, 300]])
+@pytest.mark.parametrize("lengths", [[8], [4, 24, 4], [1, 3, 300], [4, 6, 6, 6, 4, 4]])
 def test_values_and_gradients_equal_the_masked_formula(
     lengths: list[int], dtype: torch.dtype, tolerance: float
 ) -> None:

@@ -5,7 +5,7 @@ import torch
 from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import apply_rotary_pos_emb_interleave
 
-from perilune.kernels.rope import reference, rotate_pairs
+from perilune.kernels.rope import reference, rotate_neighbours, rotate_pairs
 
 
 def _inputs(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -27,6 +27,21 @@ def test_values_and_gradients_equal_the_formula_and_megatron(scale: float, dtype
         torch.testing.assert_close(ours, theirs, **close)
         (mine,), (formula,) = (torch.autograd.grad(y, x, upstream, retain_graph=True) for y in (ours, theirs))
         torch.testing.assert_close(mine, formula, **close)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_neighbours_in_place_are_megatrons_with_their_gradients(dtype: torch.dtype) -> None:
+    x, angles = _inputs(dtype)
+    turns = torch.polar(torch.ones(()), angles[..., :4].float())
+    upstream = torch.randn(9, 3, 8, generator=torch.Generator().manual_seed(1)).to(dtype)
+    ours = rotate_neighbours(x, turns)
+    twice = angles[..., :4].repeat_interleave(2, dim=-1)
+    theirs = _apply_rotary_pos_emb_bshd(x[:, None], twice[:, None], rotary_interleaved=True).squeeze(1)
+    assert ours.dtype is dtype
+    close = {"atol": 0.05, "rtol": 0.02} if dtype is torch.bfloat16 else {"atol": 1e-5, "rtol": 1e-5}
+    torch.testing.assert_close(ours, theirs, **close)
+    (mine,), (other,) = (torch.autograd.grad(y, x, upstream) for y in (ours, theirs))
+    torch.testing.assert_close(mine, other, **close)
 
 
 def test_scores_of_queries_and_keys_equal_transformers() -> None:

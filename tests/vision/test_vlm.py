@@ -8,6 +8,7 @@ from itertools import product
 
 import pytest
 import torch
+from kimi_tower import theirs
 from transformers.models.kimi_k25.modeling_kimi_k25 import (
     Kimi_K25MultimodalProjection,
     Kimi_K25VisionConfig,
@@ -22,8 +23,6 @@ from perilune.pretrain.plan import built, vision_counts
 from perilune.pretrain.schema import Parallel, Vision
 from perilune.vision.vlm import images_of
 
-N, D = VISION.num_attention_heads, VISION.hidden_size // VISION.num_attention_heads
-
 
 @pytest.fixture(scope="module")
 def made(workers: Workers) -> Made:
@@ -31,58 +30,26 @@ def made(workers: Workers) -> Made:
     return workers.run(1, make)[0]
 
 
-def pairs_to_halves(rows: torch.Tensor) -> torch.Tensor:
-    """[N * D, ...] whose heads turn adjacent dims to one whose heads turn dim i with dim i + D / 2."""
-    heads = rows.view(N, D // 2, 2, *rows.shape[1:])
-    return heads.transpose(1, 2).reshape(rows.shape)
-
-
-def theirs(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Our tower's weights (or gradients) by transformers' names."""
-    H, side = VISION.hidden_size, VISION.patch_size
-    found = {}
-    for name, value in weights.items():
-        owner, _, kind = name.rpartition(".")
-        if not owner.startswith("vision_tower."):
-            continue
-        owner = owner.removeprefix("vision_tower.")
-        if owner == "patch_embed.proj":
-            found[name.removeprefix("vision_tower.")] = value.view(H, 3, side, side) if kind == "weight" else value
-        elif owner == "patch_embed.pos_emb":
-            key = "patch_embed.pos_emb.position_embeddings"
-            found[key] = value.view(VISION.pos_emb_height, VISION.pos_emb_width, H)
-        elif owner == "encoder.final_layernorm":
-            found[f"final_layernorm.{kind}"] = value
-        else:
-            _, _, layer, part = owner.split(".", 3)
-            if part == "self_attention.linear_qkv":
-                parts = value.view(N, 3, D, *value.shape[1:]).unbind(1)  # Megatron-core's: head by head
-                for letter, rows in zip("qkv", (p.reshape(H, *value.shape[1:]) for p in parts), strict=True):
-                    rows = rows if letter == "v" else pairs_to_halves(rows)
-                    found[f"layers.{layer}.attn.{letter}_proj.{kind}"] = rows
-            else:
-                new = {
-                    "input_layernorm": "norm1", "pre_mlp_layernorm": "norm2", "self_attention.linear_proj": "attn.proj",
-                    "mlp.linear_fc1": "mlp.fc1", "mlp.linear_fc2": "mlp.fc2",
-                }[part]  # fmt: skip
-                found[f"layers.{layer}.{new}.{kind}"] = value
-    return found
+def tower_of(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tower's part of a model's weights (or gradients), by transformers' names."""
+    prefix = "vision_tower."
+    return theirs({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}, VISION)
 
 
 def test_features_and_gradients_are_transformers(made: Made) -> None:
     config = Kimi_K25VisionConfig(
-        hidden_size=VISION.hidden_size, num_attention_heads=N, num_hidden_layers=VISION.num_layers,
-        intermediate_size=VISION.intermediate_size, pos_emb_height=VISION.pos_emb_height,
-        pos_emb_width=VISION.pos_emb_width,
+        hidden_size=VISION.hidden_size, num_attention_heads=VISION.num_attention_heads,
+        num_hidden_layers=VISION.num_layers, intermediate_size=VISION.intermediate_size,
+        pos_emb_height=VISION.pos_emb_height, pos_emb_width=VISION.pos_emb_width,
     )  # fmt: skip
     tower = Kimi_K25VisionModel(config)
-    tower.load_state_dict(theirs(made.weights))  # strict: each of theirs is there, and no other
+    tower.load_state_dict(tower_of(made.weights))  # strict: each of theirs is there, and no other
     pixels = (made.patches.float() / 255 - 0.5) / 0.5
     grids = torch.tensor([[1, *grid] for grid in GRIDS])
     cells = tower(pixel_values=pixels, grid_thw=grids).pooler_output
     torch.testing.assert_close(made.cells, cells, atol=1e-5, rtol=0)
     (cells * made.grad_cells).sum().backward()
-    mine = theirs(made.gradients)
+    mine = tower_of(made.gradients)
     for name, parameter in tower.named_parameters():
         assert parameter.grad is not None
         away = (mine[name] - parameter.grad).norm() / parameter.grad.norm().clamp(min=1e-6)
