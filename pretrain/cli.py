@@ -277,6 +277,7 @@ def import_(ctx: click.Context, folder: Path, overrides: tuple[str, ...], out: P
 @click.option("--max-rows", type=click.IntRange(min=0), default=0, metavar="N", help="Of the dataset; 0: all.")
 @click.option("--captions", type=click.IntRange(min=0), default=1000, show_default=True, metavar="N",
               help="Images to be described, where the model sees; 0: none.")  # fmt: skip
+@click.option("--classes", type=FILE_THERE, metavar="FILE.jsonl", help="For zero-shot classification of images.")
 @click.option("--tokenizer", type=FOLDER_THERE, help="Tokenizer's folder.  [default: the one that the model names]")
 @click.option(
     "--out", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="[default: a new one in RUN/eval]"
@@ -290,6 +291,7 @@ def eval_(
     data: Path | None,
     max_rows: int,
     captions: int,
+    classes: Path | None,
     tokenizer: Path | None,
     out: Path | None,
     as_json: bool,
@@ -305,7 +307,12 @@ def eval_(
     The answer is the choice of the highest likelihood: raw, and by byte.
 
     A model with a vision tower also says, greedily, what text follows each of N images: how many are exactly that of
-    the dataset, and how many still are when all images are mid-grey.
+    the dataset, and how many still are when all images are mid-grey. One that was trained to compare images with texts
+    (contrastive.loss) finds the dataset's captions by their images and the other way round, and tells the images apart
+    among those captions, or among the classes of a file, a class a line, whose label is what captions say:
+
+    \b
+      {"label": "BLACK HEART SUIT", "prompts": ["BLACK HEART SUIT", "a black heart"]}
 
     \b
     Examples:
@@ -318,7 +325,15 @@ def eval_(
 
     ctx.exit(
         eval_command(
-            source, tasks, data, tokenizer=tokenizer, max_rows=max_rows, captions=captions, out=out, as_json=as_json
+            source,
+            tasks,
+            data,
+            tokenizer=tokenizer,
+            max_rows=max_rows,
+            captions=captions,
+            classes=classes,
+            out=out,
+            as_json=as_json,
         )
     )
 

@@ -14,7 +14,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -49,6 +48,7 @@ class Caption:
     begin: int  # of the document
     start: int  # of the text
     tokens: int  # of the text, without the document's end
+    end: int  # of the text, with it
     text: str
 
 
@@ -73,9 +73,10 @@ class Answer:
         return {**vars(self), "right": self.right, "png": png}
 
 
-def find(dataset: PackedDataset, tokenizer: Tokenizer, limit: int) -> list[Caption]:
-    """The first `limit` captions in the order in which training validates."""
-    order = permute(np.arange(len(dataset)), len(dataset), "valid", dataset.fingerprint).tolist()
+def find(dataset: PackedDataset, tokenizer: Tokenizer, limit: int | None = None, max_rows: int = 0) -> list[Caption]:
+    """The first `limit` captions of the first `max_rows` rows (0: all) in the order in which training validates."""
+    count = min(max_rows, len(dataset)) if max_rows else len(dataset)
+    order = permute(np.arange(count), len(dataset), "valid", dataset.fingerprint).tolist()
     found = (caption for index in order for caption in _of_row(dataset[index], index, tokenizer))
     return list(islice(found, limit))
 
@@ -96,7 +97,7 @@ def _of_row(row: Row, index: int, tokenizer: Tokenizer) -> Iterator[Caption]:
         text = tokenizer.decode(ids.tolist()).strip()
         if text:
             first = next(n for n, other in enumerate(row.images) if other.start >= begin)
-            yield Caption(index, number, first, begin, int(places[0]), ids.size, text)
+            yield Caption(index, number, first, begin, int(places[0]), ids.size, int(places[-1]) + 1, text)
 
 
 def ask(
@@ -124,13 +125,7 @@ def ask(
                 image = row.images[number]
                 place = at + image.start - caption.begin
                 index += range(place, place + image.tokens)
-                try:
-                    images.append(upright(image, rule))
-                except ValueError as error:
-                    name = dataset.sample_id(caption.row)
-                    raise DamageError(
-                        f"{dataset.where}: {name}: image {number}: {error}; pack the dataset again"
-                    ) from error
+                images.append(picture_of(dataset, row, caption.row, number, rule))
             at += len(prompt)
         grey = [Image.new("RGB", image.size, GREY) for image in images]
         said, blanked = (_said(loaded, group, prompts, some, rule, index) for some in (images, grey))
@@ -142,6 +137,15 @@ def ask(
             yield Answer(dataset.sample_id(caption.row), caption.image, caption.text, answer, other, png)
         done += len(group)
         progress(done, len(captions))
+
+
+def picture_of(dataset: PackedDataset, row: Row, index: int, number: int, rule: ImageRule) -> Image.Image:
+    """An image of row `index`, upright. Raises DamageError where it is not as it was packed."""
+    try:
+        return upright(row.images[number], rule)
+    except ValueError as error:
+        name = dataset.sample_id(index)
+        raise DamageError(f"{dataset.where}: {name}: image {number}: {error}; pack the dataset again") from error
 
 
 def _groups(captions: Sequence[Caption]) -> Iterator[list[Caption]]:
@@ -188,10 +192,10 @@ def _small(image: Image.Image) -> bytes:
     return out.getvalue()
 
 
-def figures(answers: Sequence[Answer], data: Path) -> dict[str, Any]:
+def figures(answers: Sequence[Answer]) -> dict[str, Any]:
     """Plain JSON: how many of the captions are right, and with grey images."""
     count = len(answers)
-    found: dict[str, Any] = {"data": str(data), "captions": count}
+    found: dict[str, Any] = {"captions": count}
     for name, right in (
         ("exact_match", sum(answer.right for answer in answers)),
         ("exact_match_blanked", sum(answer.blanked == answer.expected for answer in answers)),

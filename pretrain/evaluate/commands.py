@@ -7,7 +7,7 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,6 +21,7 @@ from perilune.pretrain.errors import InputError, make_folder
 if TYPE_CHECKING:
     from perilune.pretrain.evaluate.captions import Answer
     from perilune.pretrain.evaluate.load import Loaded
+    from perilune.pretrain.evaluate.pairs import Class
 
 _LINES = 40  # of a table of sources; the file of results has all
 
@@ -33,20 +34,23 @@ def eval_command(
     tokenizer: Path | None = None,
     max_rows: int = 0,
     captions: int = 0,
+    classes: Path | None = None,
     out: Path | None = None,
     as_json: bool = False,
 ) -> int:
     """Evaluate `source` on `data` (None: its run's validation set) and on `tasks`; returns the exit code.
 
-    A model with a tower also writes `captions` captions of the images in `data`. Writes `out` (None: a new file in
-    RUN/eval where `source` belongs to a run), and beside it the answers to images. Raises InputError for what cannot
-    be evaluated, and where there is nothing to evaluate on.
+    A model with a tower also describes `captions` of the images in `data`; one that was trained to compare images with
+    texts also finds each by the other, and tells images apart by `classes` (None: the dataset's captions). Writes `out`
+    (None: a new file in RUN/eval where `source` belongs to a run, and the run's TensorBoard), and beside it the answers
+    to images. Raises InputError for what cannot be evaluated, and where there is nothing to evaluate on.
     """
     _quiet()
-    from perilune.pretrain.evaluate import choices, results
+    from perilune.pretrain.evaluate import choices, pairs, results
     from perilune.pretrain.evaluate.load import alone, open_model
 
     questions = choices.read_tasks(tasks) if tasks else []
+    named = pairs.read_classes(classes) if classes else []
     if out is not None and out.exists():
         raise InputError(f"--out {out} is there already and is never written over")
     with alone():
@@ -61,20 +65,24 @@ def eval_command(
         result: dict[str, Any] = {"model": str(loaded.path), "step": loaded.step, "time": _now().isoformat()}
         if data is not None:
             result["validation"] = _validated(loaded, data, max_rows)
-            if loaded.vision is not None and captions:
-                answers = _captioned(loaded, data, captions)
+            if loaded.vision is not None:
+                seen, answers = _seen(loaded, data, captions, max_rows, named)
+                result |= seen
+        if named and "zero_shot" not in result:
+            raise InputError(
+                f"--classes {classes}: {source} has no part that compares images with texts (contrastive.loss), or the "
+                "dataset has no images with captions"
+            )
         if questions:
             with _bar("questions") as progress:
                 scores = choices.choose(loaded, questions, progress)
             found = choices.accuracies(questions, scores)
             result["tasks"] = {name: accuracy.to_dict() for name, accuracy in found.items()}
             result["tasks_file"] = str(tasks)
-    if answers:
-        from perilune.pretrain.evaluate import captions as captioning
-
-        result["captions"] = captioning.figures(answers, Path(str(data)))
     if out is not None:
         results.write(out, result, answers)
+    if loaded.run_dir is not None and loaded.vision is not None:
+        results.board(loaded.run_dir, result, answers)
     if as_json:
         print(json.dumps(result, allow_nan=False))
     else:
@@ -188,22 +196,35 @@ def _validated(loaded: Loaded, data: Path, max_rows: int) -> dict[str, Any]:
     }
 
 
-def _captioned(loaded: Loaded, data: Path, limit: int) -> list[Answer]:
-    """Empty for a dataset without images, or without texts that follow them."""
+def _seen(
+    loaded: Loaded, data: Path, limit: int, max_rows: int, classes: Sequence[Class]
+) -> tuple[dict[str, Any], list[Answer]]:
+    """What the model makes of the images of a dataset; nothing without images, or texts that follow them."""
     from perilune.pretrain.data.manifest import image_rule
     from perilune.pretrain.data.reader import PackedDataset
-    from perilune.pretrain.evaluate import captions, results
+    from perilune.pretrain.evaluate import captions, pairs, results
 
-    dataset = PackedDataset(data)
+    compares = pairs.comparing(loaded) is not None
+    dataset, answers, found = PackedDataset(data), [], dict[str, Any]()
     try:
         rule = image_rule(dataset.manifest)
-        if rule is None:
-            return []
-        found = captions.find(dataset, loaded.need_text().tokenizer, limit)
-        with _bar("captions") as progress:
-            return list(captions.ask(loaded, dataset, found, rule, results.PICTURES, progress))
+        if rule is None or not (limit or compares):
+            return {}, []
+        asked = captions.find(dataset, loaded.need_text().tokenizer, None if compares else limit, max_rows)
+        if not asked:
+            return {}, []
+        if limit:
+            with _bar("captions") as progress:
+                answers = list(captions.ask(loaded, dataset, asked[:limit], rule, results.PICTURES, progress))
+            found["captions"] = captions.figures(answers)
+        if compares:
+            with _bar("pairs") as progress:
+                features = pairs.features(loaded, dataset, asked, rule, progress)
+            found["retrieval"] = pairs.retrieval(features)
+            found["zero_shot"] = pairs.zero_shot(loaded, features, classes)
     finally:
         dataset.close()
+    return found, answers
 
 
 @contextmanager
@@ -244,9 +265,20 @@ def _told(result: dict[str, Any]) -> str:
         found = result["captions"]
         rows = [["images", "captions", "exact match", "of them"]]
         for what, key in (("as they are", "exact_match"), ("mid-grey", "exact_match_blanked")):
-            count, right = found["captions"], found[f"{key}_count"]
-            rows.append([what, f"{count:,}", _part(found[key], found[f"{key}_stderr"]), f"{right:,}"])
+            exact = _part(found[key], found[f"{key}_stderr"])
+            rows.append([what, f"{found['captions']:,}", exact, f"{found[f'{key}_count']:,}"])
         parts.append(_table(rows))
+    if "retrieval" in result:
+        found = result["retrieval"]
+        rows = [["retrieval", *(f"recall@{k}" for k in found["image_to_text"])]]
+        for what, key in (("texts of an image", "image_to_text"), ("images of a text", "text_to_image")):
+            rows.append([what, *(f"{part:.4f}" for part in found[key].values())])
+        parts.append(f"{found['images']:,} images, {found['texts']:,} texts\n{_table(rows)}")
+        found = result["zero_shot"]
+        rows = [["zero-shot", *(f"top-{k}" for k in found["accuracy"])]]
+        rows.append(["accuracy", *(f"{part:.4f}" for part in found["accuracy"].values())])
+        others = f", {found['left_out']:,} of other captions left out" if found["left_out"] else ""
+        parts.append(f"{found['images']:,} images among {found['classes']:,} classes{others}\n{_table(rows)}")
     if "tasks" in result:
         rows = [["task", "questions", "accuracy", "by byte"]]
         for name, task in result["tasks"].items():

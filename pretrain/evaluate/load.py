@@ -27,7 +27,7 @@ from perilune.pretrain.hf.importing import Reader
 from perilune.pretrain.hf.source import Checkpoint, checkpoint_of, neither
 from perilune.pretrain.hf.table import Tensor
 from perilune.pretrain.hf.weights import WeightFolder
-from perilune.pretrain.schema import Config, Model, Precision, Vision
+from perilune.pretrain.schema import Config, Contrastive, Model, Precision, Vision
 from perilune.vision.image_header import ImageRule
 
 
@@ -97,8 +97,13 @@ def open_model(path: Path, tokenizer: Path | None = None) -> Loaded:
         raise InputError(neither(path, "a Hugging Face folder (config.json)"))
     checkpoint = Checkpoint(path)
     model, vision = replace(checkpoint.config.model, num_nextn_predict_layers=0), checkpoint.config.vision
-    net = _build(model, vision, checkpoint.dtype())
-    _fill(net, checkpoint.tensors, lambda target, key: target.copy_(checkpoint.read(key)))
+    net = _build(model, vision, checkpoint.dtype(), checkpoint.config.contrastive)
+
+    def read(target: torch.Tensor, key: str) -> None:
+        known = key in checkpoint.tensors
+        target.copy_(checkpoint.read(key) if known else checkpoint.read_besides(key, target.shape))
+
+    _fill(net, checkpoint.tensors, read)
     own = card.tokenizer_of(checkpoint) if tokenizer is None else card.TokenizerFiles()
     where = tokenizer or (own.files[0].parent if own.files else None)
     return Loaded(
@@ -181,9 +186,14 @@ def _text(path: Path, model: Model) -> Text:
     return Text(tokenizer, tuple(prefix), frozenset({tokenizer.eos_id}))
 
 
-def _build(model: Model, vision: Vision, dtype: torch.dtype) -> backbone.Backbone:
+def _build(
+    model: Model,
+    vision: Vision,
+    dtype: torch.dtype,
+    contrastive: Contrastive = Contrastive(),  # noqa: B008 (frozen)
+) -> backbone.Backbone:
     precision = Precision(compute="bf16" if dtype is torch.bfloat16 else "fp32")
-    config = replace(Config(), model=model, vision=vision, precision=precision)
+    config = replace(Config(), model=model, vision=vision, contrastive=contrastive, precision=precision)
     (net,) = models.build_chunks(config, meshes.Mesh(1))
     net.to(meshes.device())
     net.eval()
@@ -191,12 +201,15 @@ def _build(model: Model, vision: Vision, dtype: torch.dtype) -> backbone.Backbon
 
 
 def _fill(net: backbone.Backbone, table: dict[str, Tensor], read: Callable[[torch.Tensor, str], Any]) -> None:
-    """`read(tensor, its name in a checkpoint)` for all of `net`, in fp32 what `table` has so."""
+    """`read(tensor, its name in a checkpoint)` for all of `net`, in fp32 what `table` has so.
+
+    What compares images with texts is in no table: no format has a place for it.
+    """
     state = net.state_dict(keep_vars=True)
     with torch.no_grad():
         for name, entry in net.sharded_state_dict().items():
             if name.endswith("_extra_state"):
                 continue
-            if table[entry.key].fp32:
+            if entry.key in table and table[entry.key].fp32:
                 state[name].data = state[name].data.float()
             read(state[name], entry.key)

@@ -81,7 +81,7 @@ def shown(pictures: Sequence[Picture], index: Sequence[int], tokens: int) -> Ima
     return images_of(
         torch.from_numpy(np.concatenate([picture.patches for picture in pictures])),
         torch.tensor([picture.grid for picture in pictures]),
-        torch.tensor(index),
+        torch.tensor(index, dtype=torch.int64),
         tokens,
     )
 

@@ -20,6 +20,7 @@ from perilune.pretrain.errors import InputError
 from perilune.pretrain.hf.table import FORMATS, Tensor, format_of, tensors
 from perilune.pretrain.schema import Config
 
+CONTRASTIVE = "contrastive."  # before the names of what compares images with texts: of no later stage and no format
 MASTER = "optimizer.state.param."  # before the name of a weight: its fp32 master
 _NAMED = 3
 
@@ -84,6 +85,13 @@ class Checkpoint:
         held = {place.relative_path for at, place in self._metadata.storage_data.items() if at.fqn in wanted}
         return files.checked_meanwhile(self.path, self.manifest, sorted(held))
 
+    def read_besides(self, name: str, shape: torch.Size) -> torch.Tensor:
+        """A tensor that no format has a place for. Raises CheckpointError where it is not there or of another shape."""
+        if name not in self._stored or tuple(self._stored[name][0]) != tuple(shape):
+            found = self._stored[name][0] if name in self._stored else "not there"
+            raise CheckpointError(f"{self.path}: {name} is {found}, by the configuration {list(shape)}")
+        return self.read(name)
+
     def has_masters(self) -> bool:
         """Whether every bf16 weight has its fp32 master in the optimizer's state."""
         return all(t.fp32 or MASTER + t.name in self._stored for t in self.tensors.values())
@@ -137,7 +145,8 @@ class Checkpoint:
         return configs.load(self.path / files.CONFIG)
 
     def _check(self) -> None:
-        held = {name: shape for name, shape in self._stored.items() if not name.startswith("optimizer.")}
+        none = ("optimizer.", CONTRASTIVE) if self.config.contrastive.loss != "none" else ("optimizer.",)
+        held = {name: shape for name, shape in self._stored.items() if not name.startswith(none)}
         wrong = [f"it lacks {name}" for name in self.tensors if name not in held]
         wrong += [f"it has {name}, which this model has not" for name in held if name not in self.tensors]
         for name, tensor in self.tensors.items():

@@ -23,7 +23,7 @@ from markupsafe import Markup
 from perilune.pretrain import config as configs
 from perilune.pretrain import doctor
 from perilune.pretrain.errors import InputError
-from perilune.pretrain.report import describe, thin
+from perilune.pretrain.report import describe, evaluation, thin
 from perilune.pretrain.report.read import MAX_OWN_KEYS, Load, Run, read_runs
 
 MAX_RUNS = 8  # as many colours as can be told apart
@@ -106,6 +106,7 @@ def render(runs: list[Run]) -> str:
     )
     script = "\n".join((HERE / name).read_text(encoding="utf-8") for name in SCRIPTS)
     sections = _sections(runs)
+    evaluations = evaluation.read_evaluations(runs)
     one = runs[0]
     same_data: dict[str, list[Run]] = {}
     for of in runs:
@@ -117,6 +118,8 @@ def render(runs: list[Run]) -> str:
         states=[describe.state(of) for of in runs],
         sections=sections,
         absent=_absent(runs),
+        evaluations=evaluations,
+        evaluated=evaluation.table(evaluations),
         data=[(describe.data(group), [of.name for of in group]) for group in same_data.values()],
         counts=describe.counts(runs),
         differences=describe.differences(runs),

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import caption_ranks as ranks
 import pytest
+import torch
 from PIL import Image
 
 from perilune.parallel.workers import Workers
@@ -20,7 +21,10 @@ from perilune.pretrain.data.demo_glyphs import Picture, draw
 from perilune.pretrain.data.pack import pack
 from perilune.pretrain.data.reader import PackedDataset
 from perilune.pretrain.data.tokenizer import load_tokenizer, train_tokenizer
+from perilune.pretrain.errors import InputError
 from perilune.pretrain.evaluate import captions
+from perilune.pretrain.evaluate.pairs import Features, read_classes, retrieval
+from perilune.vision.contrastive import unit
 
 SEQ_LEN, VOCAB = 128, 290
 TEXTS = {"A": "CAPITAL A", "Ω": "OMEGA", "♥": "HEART", "7": "SEVEN"}
@@ -100,6 +104,8 @@ def test_commands(learnt: Learnt) -> None:
     said = result["captions"]
     assert (said["captions"], said["exact_match_count"], said["exact_match"]) == (4, 4, 1.0)
     assert said["exact_match_blanked_count"] < 4
+    assert result["retrieval"]["images"] == result["retrieval"]["texts"] == result["zero_shot"]["classes"] == 4
+    assert result["zero_shot"]["accuracy"]["1"] == result["retrieval"]["image_to_text"]["1"] > 0.5
     assert first["text"] == "CAPITAL A" and first["ended"] and first["images"] == [one]
     assert second["text"] == "SEVEN" and second["ended"]
     dataset, tokenizer = PackedDataset(learnt.data), load_tokenizer(learnt.home / "tok")
@@ -115,6 +121,56 @@ def test_commands(learnt: Learnt) -> None:
     assert {line["expected"] for line in lines} == set(TEXTS.values()) and all(line["right"] for line in lines)
     assert sum(line["blanked"] == line["expected"] for line in lines) == said["exact_match_blanked_count"]
     assert all(Image.open(io.BytesIO(base64.b64decode(line["png"]))).size == (56, 56) for line in lines)
+
+
+def test_pairs_are_those_of_training(learnt: Learnt, workers: Workers, tmp_path: Path) -> None:
+    """Their features one by one give the recall that the batches' features give."""
+    classes = tmp_path / "classes.jsonl"
+    lines = [{"label": "HEART", "prompts": ["HEART\n", "HEART"]}, {"label": "SEVEN", "prompts": ["SEVEN"]},
+             {"label": "MOON", "prompts": ["OMEGA"]}]  # fmt: skip
+    classes.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = workers.run(1, ranks.compared, learnt.run, learnt.data, classes)[0]
+    mine = dict(zip((found.mine.texts[n] for n in found.mine.text_of_N), found.mine.images_ND, strict=True))
+    texts = [text.removesuffix("<|eos|>").strip() for text in found.texts]
+    assert sorted(texts) == sorted(mine) == sorted(TEXTS.values())
+    for text, image, feature in zip(texts, found.images_BD, found.texts_BD, strict=True):
+        torch.testing.assert_close(mine[text], image, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(found.mine.texts_MD[found.mine.texts.index(text)], feature, atol=1e-5, rtol=1e-4)
+    nearest = (unit(found.images_BD) @ unit(found.texts_BD).T).argmax(1)
+    result = retrieval(found.mine)
+    assert result["image_to_text"]["1"] == float((nearest == torch.arange(4)).double().mean()) > 0.5
+    assert result["image_to_text"]["5"] == result["text_to_image"]["5"] == 1.0
+    assert (found.by_class["classes"], found.by_class["images"], found.by_class["left_out"]) == (3, 2, 2)
+    assert found.by_class["accuracy"] == {"1": 1.0, "5": 1.0}
+
+
+def test_equal_captions_are_one_text() -> None:
+    """Three images, two of them of one text, which either of them answers."""
+    axes = torch.eye(3)
+    images = torch.stack((axes[0], axes[0] + 0.5 * axes[1], axes[2]))
+    found = Features(images, torch.stack((axes[0], axes[1])), torch.tensor([0, 0, 1]), ("a", "b"))
+    assert retrieval(found)["image_to_text"] == {"1": 2 / 3, "5": 1.0, "10": 1.0}
+    assert retrieval(found)["text_to_image"]["1"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "not a line of JSON"),
+        ('{"label": "a"}', "a line is"),
+        ('{"label": "a", "prompts": []}', "a line is"),
+        ('{"label": " ", "prompts": ["a"]}', "no text of it empty"),
+        ('{"label": "a", "prompts": ["a", 1]}', "a line is"),
+        ('{"label": "b", "prompts": ["\\ud800"]}', "half a surrogate pair"),
+        ('{"label": "good", "prompts": ["a"]}', "is there twice"),
+        ("\n", "1 classes; to choose"),
+    ],
+)
+def test_bad_classes_are_refused(tmp_path: Path, line: str, message: str) -> None:
+    file = tmp_path / "classes.jsonl"
+    file.write_text('{"label": "good", "prompts": ["a"]}\n' + line + "\n")
+    with pytest.raises(InputError, match=message):
+        read_classes(file)
 
 
 def test_cache_equals_recomputation(learnt: Learnt, workers: Workers) -> None:

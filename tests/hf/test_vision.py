@@ -9,13 +9,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import caption_ranks
 import hf_folders as folders
 import pytest
 import torch
 
 from perilune.parallel.workers import Workers
 from perilune.pretrain.errors import InputError
-from perilune.pretrain.hf import table
+from perilune.pretrain.hf import table, verify_images
 from perilune.pretrain.hf.config import config_to_hf
 from perilune.pretrain.hf.config_vision import Media, with_vision
 from perilune.pretrain.hf.export import export
@@ -23,12 +24,14 @@ from perilune.pretrain.hf.importing import import_hf
 from perilune.pretrain.hf.source import Checkpoint
 from perilune.pretrain.hf.verify import VerifyError, verify
 from perilune.pretrain.schema import Vision
+from perilune.vision.images import normalize
 
 FORMATS = ("kimi_vl", "kimi_k25")
 MODEL = replace(folders.TINY, q_lora_rank=None, rms_norm_eps=1e-5)  # as Moonlight
 VISION = Vision(
     num_layers=2, hidden_size=24, num_attention_heads=3, intermediate_size=40, pos_emb_height=6, pos_emb_width=6
 )
+NEW = 12
 MEDIA = Media(pad=500, start=501, end=502)
 
 
@@ -75,6 +78,27 @@ def test_bits_and_what_transformers_makes_of_them(
     export(imported[names], tmp_path / "z", names=other)
     z = folders.all_tensors(tmp_path / "z")
     assert len(z) == len(x) and z.keys() != x.keys()
+
+
+def test_greedy_continuation_is_transformers(imported: dict[str, Path], tmp_path: Path, pool: Workers) -> None:
+    """After a prompt with two images, from an export, from the other format's folder, and from the checkpoint."""
+    from transformers import Kimi_K25ForConditionalGeneration
+
+    export(imported["kimi_vl"], tmp_path / "y", names="kimi_k25")
+    net = Kimi_K25ForConditionalGeneration.from_pretrained(
+        tmp_path / "y", dtype=torch.float32, experts_implementation="eager"
+    ).eval()
+    asked = verify_images.prompt(MODEL, VISION, MEDIA.pad)
+    frames = torch.cat((torch.ones(2, 1, dtype=torch.int64), asked.grids), dim=1)
+    ids = torch.tensor([asked.ids])
+    theirs = net.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=normalize(asked.patches),
+        image_grid_thw=frames, do_sample=False, max_new_tokens=NEW,
+    )[0, ids.shape[1] :].tolist()  # fmt: skip
+    for folder in (tmp_path / "y", imported["kimi_vl"].with_name("kimi_vl"), imported["kimi_vl"]):
+        assert pool.run(1, caption_ranks.continued, folder, asked, NEW)[0] == theirs
+    other = replace(asked, patches=asked.patches.flip(0))
+    assert pool.run(1, caption_ranks.continued, tmp_path / "y", other, NEW)[0] != theirs  # they are looked at
 
 
 def test_a_wrong_order_of_heads_is_seen(

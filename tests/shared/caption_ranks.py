@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -14,15 +15,20 @@ from perilune.parallel import mesh as meshes
 from perilune.pretrain import checkpoint, optimizer, presets
 from perilune.pretrain import config as configs
 from perilune.pretrain import model as models
+from perilune.pretrain.data.pairs import pairs_of
+from perilune.pretrain.data.reader import PackedDataset
 from perilune.pretrain.data.stream import valid_batches
 from perilune.pretrain.errors import InputError
-from perilune.pretrain.evaluate.generate import Continuation, generate
+from perilune.pretrain.evaluate import captions, pairs
+from perilune.pretrain.evaluate.generate import generate
 from perilune.pretrain.evaluate.load import Loaded, open_model
 from perilune.pretrain.evaluate.prompts import Picture, encode_prompts, read_picture, shown
+from perilune.pretrain.hf.verify_images import Prompt
 from perilune.pretrain.objective import next_token
-from perilune.pretrain.schema import Data, Valid
+from perilune.pretrain.schema import Contrastive, Data, Valid
 from perilune.pretrain.step import evaluate, train_step
 from perilune.pretrain.timetable import StepPlan
+from perilune.vision import vlm
 
 STEP = 60
 
@@ -33,6 +39,9 @@ def learn(run: Path, data: Path, vocab_size: int, seq_len: int) -> tuple[float, 
     config = replace(
         tiny,
         model=replace(tiny.model, vocab_size=vocab_size, init_std=0.05, max_position_embeddings=seq_len),
+        contrastive=Contrastive(
+            "siglip", feature_dim=32, num_layers=1, hidden_size=32, num_attention_heads=2, intermediate_size=64
+        ),
         data=Data(path=str(data), seq_len=seq_len),
         valid=Valid(path=str(data), every=STEP),
     )
@@ -77,12 +86,6 @@ def asked(path: Path, prompts: Sequence[str], files: Sequence[Path]) -> Asked:
     return Asked(rows, images.places_F.tolist(), pictures * len(prompts))
 
 
-def continuations(path: Path, what: Asked, new: int) -> list[Continuation]:
-    """Greedy, by the model at `path`."""
-    images = shown(what.pictures, what.index, sum(map(len, what.rows)))
-    return generate(_open(path).net, what.rows, new, images=images)
-
-
 def decoded_and_whole(path: Path, what: Asked, more: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits [B, steps, V] after each prompt and each of its `more` tokens: by the cache, and from whole forwards."""
     loaded = _open(path)
@@ -110,6 +113,44 @@ def decoded_and_whole(path: Path, what: Asked, more: list[list[int]]) -> tuple[t
         outs.append(whole[0, len(row) - 1 :].float())
         start += len(row)
     return torch.stack(cached, dim=1), torch.stack(outs)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Features of all pairs: by `evaluate/pairs.py`, and by the forward pass of training's pairs, text after text."""
+
+    mine: pairs.Features
+    images_BD: torch.Tensor
+    texts_BD: torch.Tensor
+    texts: list[str]
+    by_class: dict[str, object]  # `pairs.zero_shot` among the classes of a file
+
+
+def compared(path: Path, data: Path, classes: Path) -> Compared:
+    """On the model at `path`."""
+    loaded = _open(path)
+    dataset, text, net = PackedDataset(data), loaded.need_text(), pairs.comparing(loaded)
+    assert net is not None
+    found = captions.find(dataset, text.tokenizer)
+    mine = pairs.features(loaded, dataset, found, loaded.need_tower())
+    ((batch, _),) = valid_batches(data, dp_rank=0, dp_size=1, micro_batch_size=1, depth=0, document_mask=True,
+                                  seq_len=dataset.seq_len, vision=loaded.vision)  # fmt: skip
+    trained = pairs_of(batch)
+    nowhere = torch.zeros(0, dtype=torch.int64)
+    with torch.no_grad():
+        images = net.image_features(vlm.Images(batch.patches, batch.grids, nowhere, nowhere))
+        ends = trained.cu_seqlens.tolist()
+        texts = [trained.tokens_X[a:b] for a, b in pairwise(ends)]
+        each = [net.text_features(one, torch.tensor([0, len(one)], dtype=torch.int32)) for one in texts]
+    dataset.close()
+    return Compared(mine, images[trained.images_B], torch.cat(each), [text.tokenizer.decode(one) for one in texts],
+                    pairs.zero_shot(loaded, mine, pairs.read_classes(classes)))  # fmt: skip
+
+
+def continued(path: Path, prompt: Prompt, new: int) -> list[int]:
+    """Greedy, by the model at `path` after a prompt with images."""
+    images = vlm.images_of(prompt.patches, prompt.grids, torch.tensor(prompt.index), len(prompt.ids))
+    return list(generate(_open(path).net, [prompt.ids], new, images=images)[0].tokens)
 
 
 def refusals(path: Path, text_model: Path, file: Path) -> list[str]:
