@@ -377,7 +377,8 @@ def generate(
 ) -> None:
     """Continue TEXT with a run's newest checkpoint, a given one, or a Hugging Face folder, in one process.
 
-    Stops at the end of a document. Past tokens are kept as latents only (multi-head latent attention).
+    Stops at the end of a document, or where an image would begin. Past tokens are kept as latents only (multi-head
+    latent attention).
 
     A model with a vision tower is shown every --image in each TEXT: in their order, one where each <image> stands or,
     where TEXT has none, all before it.

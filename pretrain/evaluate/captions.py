@@ -173,7 +173,7 @@ def _said(
 ) -> list[str]:
     text = loaded.need_text()
     seen = [Picture(cut(image, rule), rule.grid(*image.size)) for image in images]
-    ends = text.eos_ids | {text.tokenizer.media_ids()[0]}  # the next image ends a caption too
+    ends = loaded.ends()
     found = generate(
         loaded.net,
         prompts,

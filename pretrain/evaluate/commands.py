@@ -135,14 +135,14 @@ def generate_command(
             rows,
             max_new_tokens,
             images=shown.to(meshes.device()) if shown else None,
-            eos_ids=text.eos_ids,
+            eos_ids=loaded.ends(),
             temperature=temperature,
             top_p=top_p,
             seed=seed,
         )
         seconds = time.monotonic() - start
     for prompt, row, continuation in zip(prompts, rows, found, strict=True):
-        ids = [token for token in continuation.tokens if token not in text.eos_ids]
+        ids = [token for token in continuation.tokens if token not in loaded.ends()]
         said = text.tokenizer.decode(ids)
         if as_json:
             line = {

@@ -61,6 +61,16 @@ class Loaded:
             raise InputError(f"{self.path} comes without a tokenizer ({self.no_text}); name its folder by --tokenizer")
         return self.text
 
+    def ends(self) -> frozenset[int]:
+        """Tokens that end what the model says: those of its text and, where it sees, the one that begins an image.
+
+        Raises InputError where there is no tokenizer.
+        """
+        text = self.need_text()
+        if self.vision is None or text.tokenizer.media_pad_id is None:
+            return text.eos_ids
+        return text.eos_ids | {text.tokenizer.media_ids()[0]}
+
     def need_tower(self) -> ImageRule:
         """How images become patches and placeholders. Raises InputError for a model without a tower, and where the
         tokenizer lacks the tokens of images.

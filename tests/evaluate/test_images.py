@@ -15,6 +15,7 @@ import caption_ranks as ranks
 import pytest
 import torch
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from perilune.parallel.workers import Workers
 from perilune.pretrain.data.demo_glyphs import Picture, draw
@@ -24,6 +25,7 @@ from perilune.pretrain.data.tokenizer import load_tokenizer, train_tokenizer
 from perilune.pretrain.errors import InputError
 from perilune.pretrain.evaluate import captions
 from perilune.pretrain.evaluate.pairs import Features, read_classes, retrieval
+from perilune.pretrain.hf.export import export
 from perilune.vision.contrastive import unit
 
 SEQ_LEN, VOCAB = 128, 290
@@ -57,7 +59,7 @@ def learnt(tmp_path_factory: pytest.TempPathFactory, workers: Workers) -> Learnt
     (home / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (home / "words.jsonl").write_text(json.dumps({"text": " ".join([*TEXTS.values(), "image"] * 2)}) + "\n")
     train_tokenizer([str(home / "words.jsonl")], home / "tok", VOCAB)
-    pack([str(home / "pairs.jsonl")], home / "packed", home / "tok", SEQ_LEN)
+    pack([str(home / "pairs.jsonl")], home / "packed", home / "tok", SEQ_LEN, patch_limit=1000)
     loss, bits = workers.run(1, ranks.learn, home / "run", home / "packed", VOCAB, SEQ_LEN)[0]
     return Learnt(home / "run", home, home / "packed", loss, bits)
 
@@ -115,12 +117,26 @@ def test_commands(learnt: Learnt) -> None:
     }
     assert first["prompt_tokens"] == packed["CAPITAL A"] and second["prompt_tokens"] == packed["SEVEN"]
     dataset.close()
+    board = EventAccumulator(str(learnt.run / "tensorboard" / "eval"), {"images": 0, "tensors": 0}).Reload()
+    assert [(event.step, event.value) for event in board.Scalars("eval/exact_match")] == [(ranks.STEP, 1.0)]
+    assert {f"eval/right/{number}" for number in range(4)} == set(board.Tags()["images"])
+    assert b"CAPITAL A" in board.Tensors("eval/right/text_summary")[0].tensor_proto.string_val[0]
     figures, answers = sorted((learnt.run / "eval").iterdir(), key=lambda path: len(path.name))
     assert json.loads(figures.read_text()) == result
     lines = [json.loads(line) for line in answers.read_text().splitlines()]
     assert {line["expected"] for line in lines} == set(TEXTS.values()) and all(line["right"] for line in lines)
     assert sum(line["blanked"] == line["expected"] for line in lines) == said["exact_match_blanked_count"]
     assert all(Image.open(io.BytesIO(base64.b64decode(line["png"]))).size == (56, 56) for line in lines)
+
+
+@pytest.mark.parametrize("names", ["kimi_vl", "kimi_k25"])
+def test_exports_say_the_same(learnt: Learnt, workers: Workers, tmp_path: Path, names: str) -> None:
+    """Of a run that compares images with texts: what does so is left out, and the limit of patches goes along."""
+    files = [learnt.home / f"{number}.png" for number in (0, 1, 2)]
+    said = ["CAPITAL A", "OMEGA", "HEART\n"]
+    assert workers.run(1, ranks.described, learnt.run, files)[0] == (said, 1000, True)
+    export(learnt.run, tmp_path / "hf", names=names)
+    assert workers.run(1, ranks.described, tmp_path / "hf", files)[0] == (said, 1000, False)
 
 
 def test_pairs_are_those_of_training(learnt: Learnt, workers: Workers, tmp_path: Path) -> None:

@@ -153,6 +153,17 @@ def continued(path: Path, prompt: Prompt, new: int) -> list[int]:
     return list(generate(_open(path).net, [prompt.ids], new, images=images)[0].tokens)
 
 
+def described(path: Path, files: Sequence[Path]) -> tuple[list[str], int, bool]:
+    """What the model at `path` says to each image alone; its limit of patches; whether it compares them with texts."""
+    loaded = _open(path)
+    text, found = loaded.need_text(), []
+    for file in files:
+        rows, images = encode_prompts(loaded, [""], 20, [read_picture(file, loaded.need_tower())])
+        (said,) = generate(loaded.net, rows, 20, images=images, eos_ids=loaded.ends())
+        found.append(text.tokenizer.decode([token for token in said.tokens if token not in loaded.ends()]))
+    return found, loaded.patch_limit, pairs.comparing(loaded) is not None
+
+
 def refusals(path: Path, text_model: Path, file: Path) -> list[str]:
     """What is said to prompts that do not fit their images, and to images for a model that sees none."""
     loaded = _open(path)
