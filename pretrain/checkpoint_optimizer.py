@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, nested_values
+from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedTensor, ShardedTensorFactory
 
 from perilune.pretrain.agreement import Ranks
@@ -185,19 +185,17 @@ def weight_of(key: str) -> str:
 
 
 def begin_where(state: dict[int, Any], model_state: dict[str, Any], new: Callable[[str], bool]) -> None:
-    """In what `sharded_state` asks for, put in the place of entries whose key is `new` what a new optimizer holds.
+    """Fill, of what `sharded_state` asks for, the entries whose key is `new` with what a new optimizer holds.
 
     That is zero moments, and the weight, as it is now, for its master.
     """
     weights = {entry.key: entry.data for entry in nested_values(model_state)}
-
-    def begun(entry: Any) -> Any:
-        if not isinstance(entry, ShardedTensor | ShardedTensorFactory) or not new(entry.key):
-            return entry
-        weight = weights[weight_of(entry.key)].detach()
-        return LocalNonpersistentObject(torch.zeros_like(weight.float()) if is_moment(entry.key) else weight.float())
-
-    dict_list_map_inplace(begun, state)
+    for entry in nested_values(state):
+        if isinstance(entry, ShardedTensor | ShardedTensorFactory) and new(entry.key):
+            if is_moment(entry.key):
+                entry.data.zero_()
+            else:
+                entry.data.copy_(weights[weight_of(entry.key)].detach())
 
 
 @contextmanager

@@ -32,7 +32,23 @@ def build(config: Config, model: Model) -> Any:
     )
     built = get_megatron_optimizer(options, model.chunks, use_gloo_process_groups=False)
     for part in getattr(built, "chained_optimizers", [built]):
+        _number_as_ordered(part)
         if isinstance(adam := getattr(part, "optimizer", None), torch.optim.AdamW):
             for group in adam.param_groups:
                 group["fused"] = True  # one pass over memory in place of ten; Megatron-core has no key for it
     return built
+
+
+def _number_as_ordered(part: Any) -> None:
+    """Number the parameters of each group as the group orders them: those of fp32 first, then the 16-bit ones' masters.
+
+    Megatron-core 0.19.2 numbers them in the model's order (distrib_optimizer.py, _build_optimizer_group_ranges) and
+    finds a parameter's master and moments by that: another one's, where a 16-bit model has fp32 parameters too.
+    """
+    places = getattr(part, "model_param_group_index_map", {})
+    by_group: dict[int, list[tuple[bool, int, torch.nn.Parameter]]] = {}
+    for parameter, (group, order) in places.items():
+        by_group.setdefault(group, []).append((parameter.dtype is not torch.float32, order, parameter))
+    for group, members in by_group.items():
+        for order, (*_, parameter) in enumerate(sorted(members, key=lambda member: member[:2])):
+            places[parameter] = (group, order)

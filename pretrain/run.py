@@ -11,7 +11,7 @@ from megatron.core import parallel_state
 from perilune.kernels import attention
 from perilune.parallel import mesh as meshes
 from perilune.parallel import precision
-from perilune.pretrain import checkpoint, model, optimizer, rules, vital_signs
+from perilune.pretrain import carry_over, checkpoint, model, optimizer, rules, vital_signs
 from perilune.pretrain.checkpoint_saver import Saver
 from perilune.pretrain.data.batch import PackedBatch
 from perilune.pretrain.data.dealing import cost_model
@@ -25,15 +25,17 @@ from perilune.pretrain.profiling import Trace, explain_out_of_memory
 from perilune.pretrain.report import environment
 from perilune.pretrain.schema import Config
 from perilune.pretrain.signals import Stop
+from perilune.pretrain.start import Start
 from perilune.pretrain.step import Validation, evaluate, train_step
 from perilune.pretrain.timetable import Timetable
 
 
-def run(config: Config, run_dir: Path, world: int, *, init_from: Path | None = None, profile: bool = False) -> None:
+def run(config: Config, run_dir: Path, world: int, *, start: Start = Start(), profile: bool = False) -> None:  # noqa: B008
     """Train in this process, one of `world` joined by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, to the end.
 
-    Continues from the newest checkpoint of `run_dir`. Raises Preempted once a SIGTERM or SIGINT has led to a
-    checkpoint, InputError for data or checkpoints that cannot be used, FloatingPointError after too many bad steps.
+    Continues from the newest checkpoint of `run_dir`; a new run begins as `start` says. Raises Preempted once a SIGTERM
+    or SIGINT has led to a checkpoint, InputError for data or checkpoints that cannot be used, FloatingPointError after
+    too many bad steps.
     """
     stop = Stop()
     mesh = rules.mesh_of(config, world)
@@ -44,7 +46,8 @@ def run(config: Config, run_dir: Path, world: int, *, init_from: Path | None = N
     stream = open_stream(config.data, config.train.seed, depth=depth, vocab_size=vocab_size, vision=config.vision,
                          cost=cost_model(config.model, config.vision), agree=over_all_ranks)  # fmt: skip
     vital_signs.beat("loading")
-    step, state = _position(run_dir, net, optim, stream, init_from)
+    step, begun = _position(run_dir, net, optim, stream, start)
+    state = begun.state
     plan = Timetable(config, mesh.dp)
     meter = Meter(config, world, mesh.dp)
 
@@ -57,8 +60,8 @@ def run(config: Config, run_dir: Path, world: int, *, init_from: Path | None = N
             environment.record(run_dir, world, step)
         log.say(f"{mesh.describe()} dp={mesh.dp}; {precision.name()}; attention by {attention.name()}; {meter.name}")
         log.say(f"step {step} of {plan.total_steps}, {state.tokens:,} of {plan.total_tokens:,} tokens are done")
-        if init_from is not None and step:
-            log.say("--init-from was for this run's start; it continues from its own checkpoint")
+        for line in begun.told:
+            log.say(line)
         trace = Trace(run_dir) if profile else None
         saver = Saver(run_dir / "checkpoints", config)
         stack.callback(saver.close)
@@ -97,7 +100,8 @@ def run(config: Config, run_dir: Path, world: int, *, init_from: Path | None = N
 
             every = config.train.save_every
             if step == plan.total_steps or result.stop or (every and step % every == 0):
-                at = {"step": step, "data": state.to_dict()}  # after its line in the metrics, so that none can lack
+                # After its line in the metrics, so that none can lack.
+                at = {"step": step, "data": state.to_dict(), "before": begun.history}
                 vital_signs.beat("saving", step)
                 net.settle()
                 saver.save(step, net, optim, at)
@@ -109,18 +113,21 @@ def run(config: Config, run_dir: Path, world: int, *, init_from: Path | None = N
 
 
 def _position(
-    run_dir: Path, net: model.Model, optim: object, stream: Stream, init_from: Path | None
-) -> tuple[int, DataState]:
-    """Where the run stands: at its newest checkpoint, or at the start, with the weights of `init_from` if given."""
+    run_dir: Path, net: model.Model, optim: object, stream: Stream, start: Start
+) -> tuple[int, carry_over.Taken]:
+    """(step, data and runs before) where the run stands: at its newest checkpoint, or at step 0 as `start` says."""
     newest = checkpoint.latest(run_dir / "checkpoints")
     if newest is None:
-        if init_from is not None:
-            checkpoint.init_from(init_from, net, optim)
-        return 0, stream.initial_state()
+        if start.after:
+            return 0, carry_over.take_over(start.after, net, optim, stream)
+        if start.init_from is not None:
+            checkpoint.init_from(start.init_from, net, optim)
+        return 0, carry_over.Taken(stream.initial_state(), [], [])
     saved = checkpoint.load(newest, net, optim)
     state = DataState.from_dict(saved["data"])
     stream.check_state(state)
-    return saved["step"], state
+    told = ["--init-from and --after were for this run's start; it continues from its own checkpoint"]
+    return saved["step"], carry_over.Taken(state, saved.get("before", []), told if start != Start() else [])
 
 
 def _all_rows(batches: list[PackedBatch]) -> str:
