@@ -35,19 +35,15 @@ class TextEncoder(MegatronModule):
         """[X, H] of texts that begin and end at `cu_seqlens` ([texts + 1], int32), the longest of `longest` tokens."""
         places_X = torch.arange(len(tokens_X), device=tokens_X.device)
         places_X = places_X - cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff(), output_size=len(tokens_X))
-        angles = _angles(places_X, self.config.hidden_size // self.config.num_attention_heads, self.rope_theta)
-        packed = PackedImages(qkv_format="sbhd", images=cu_seqlens, longest=longest)
-        hidden_X1H = self.encoder(
-            self.embedding(tokens_X)[:, None],
-            attention_mask=None,
-            rotary_pos_emb=angles[:, None, None],
-            packed_seq_params=packed,
-        )
+        turned = _turns(places_X, self.config.hidden_size // self.config.num_attention_heads, self.rope_theta)
+        packed = PackedImages(qkv_format="sbhd", images=cu_seqlens, longest=longest, turns=turned[:, None])
+        hidden_X1H = self.encoder(self.embedding(tokens_X)[:, None], attention_mask=None, packed_seq_params=packed)
         out: torch.Tensor = hidden_X1H.squeeze(1)
         return out
 
 
-def _angles(places_X: torch.Tensor, dim: int, theta: float) -> torch.Tensor:
-    """[X, D] of RoPE: frequency i turns the pair of dims 2i and 2i + 1."""
+def _turns(places_X: torch.Tensor, dim: int, theta: float) -> torch.Tensor:
+    """[X, D / 2] complex, RoPE's: frequency i turns pair i."""
     frequencies = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=places_X.device) / dim)
-    return (places_X[:, None] * frequencies).float().repeat_interleave(2, dim=1)
+    angles = places_X[:, None] * frequencies
+    return torch.polar(torch.ones_like(angles), angles).to(torch.complex64)

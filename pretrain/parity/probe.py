@@ -202,8 +202,8 @@ def gradients(config: Config, weights: dict[str, torch.Tensor], batch: Any, mtp_
     """One global batch (a list of micro-batches, dealt over data-parallel ranks) through this layout.
 
     Returns this rank's view: `sums` [2, 1+D], `load` [layers, E], `balance` and `pairs` [2] as `step.forward_backward`
-    gives them, and pieces for `named`: `gradients`, and `biases` after the step. `config.parallel.zero1` must be False, so that
-    every data-parallel rank holds whole gradients.
+    gives them, and pieces for `named`: `gradients`, and `biases` after the step. `config.parallel.zero1` must be False,
+    so that every data-parallel rank holds whole gradients.
     """
     model, dp = _start(config)
     load(config, model, weights)

@@ -50,6 +50,10 @@ class Formula:
     step_loss: float  # the contrastive one, a mean over pairs
     loss: float
     away: dict[str, float]  # of each gradient, of the formula's norm
+    apart: float  # the furthest that the features of a text in its pack are from those of it alone
+    first_of: dict[
+        str, float
+    ]  # how far the first token's features go if others of its text are changed or change places
     flops: int  # of one forward of all that is contrastive, with SigLIP's loss, as torch counts
     texts: list[int]  # tokens of each
     patches: list[int]  # of each image
@@ -88,6 +92,21 @@ def formula(of: Config, weights: dict[str, torch.Tensor], batch: PackedBatch) ->
         for name, gradient in zip(named, gradients, strict=True)
     }
     cells = net.vision_tower(torch.zeros_like(images.patches, dtype=torch.float32), images.grids).detach()
+    texts = pairs.tokens_X.split(pairs.cu_seqlens.diff().tolist())
+    with torch.no_grad():
+        singly = [net.text_features(text, torch.tensor([0, len(text)], dtype=torch.int32)) for text in texts]
+        apart = float((torch.cat(singly) - net.text_features(pairs.tokens_X, pairs.cu_seqlens)).abs().max())
+        text, bounds = torch.arange(5), torch.tensor([0, 5, 8], dtype=torch.int32)
+        others = {
+            "the last": text.index_fill(0, torch.tensor([4]), 9), "two": text[[0, 2, 1, 3, 4]], "another text": text
+        }  # fmt: skip
+        firsts = {
+            name: net.contrastive.text_encoder(
+                torch.cat((some, torch.full((3,), 1 + (name == "another text")))), bounds, 5
+            )[0]
+            for name, some in {"none": text, **others}.items()
+        }
+        first_of = {name: float((firsts[name] - firsts["none"]).abs().max()) for name in others}
     number = torch.tensor(1.0)
     # Torch counts the products of its plain attention, and not of the fused one for CPUs.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -95,7 +114,7 @@ def formula(of: Config, weights: dict[str, torch.Tensor], batch: PackedBatch) ->
         siglip(x, net.contrastive.texts(pairs.tokens_X, pairs.cu_seqlens), number, number)
     lengths, patches = pairs.cu_seqlens.diff().tolist(), images.grids.prod(-1).tolist()
     mean = float(found.pairs[0] / found.pairs[1])
-    return Formula(mean, float(loss.detach()), away, counter.get_total_flops(), lengths, patches)
+    return Formula(mean, float(loss.detach()), away, apart, first_of, counter.get_total_flops(), lengths, patches)
 
 
 def alone(of: Config, weights: dict[str, torch.Tensor], batches: list[PackedBatch]) -> dict[str, Any]:

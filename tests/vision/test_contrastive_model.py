@@ -140,6 +140,9 @@ def test_the_step_is_the_formula_on_the_features_plus_two_captions(
     # Softmax forgets a key's bias, so that its gradient is rounding.
     assert max((away, name) for name, away in found.away.items() if "qkv.bias" not in name) < (2e-5, "")
     assert any(name.startswith("contrastive.text_encoder") for name in found.away)
+    assert found.apart < 1e-5
+    assert found.first_of["the last"] > 1e-2 and found.first_of["two"] > 1e-2  # it sees what follows, and where
+    assert found.first_of["another text"] == 0
     if loss == "siglip":
         flops = vision_counts.contrastive_flops(config.contrastive, config.vision)
         assert found.flops == pytest.approx(flops.forward(found.texts, found.patches, len(found.texts) ** 2), rel=1e-6)
