@@ -54,6 +54,8 @@ def export(
     say(f"{checkpoint.path}: writing {target} to {out}, which gets its name if what is read has its hash")
     if tokenizer.missing:
         say(f"no tokenizer in the export: {tokenizer.missing}")
+    if checkpoint.config.contrastive.loss != "none":
+        say("left out: contrastive.*, the text encoder and pools, for which the format has no names")
     with new_folder(out) as folder:
         write_json(folder / "config.json", config)
         if checkpoint.config.vision.num_layers:
