@@ -25,6 +25,9 @@ from perilune.pretrain.schema import Config, Vision
 from perilune.vision.pooling import AttentionPool
 
 LOSSES = ("siglip", "clip")
+# Of a gradient's norm. What all images' features have alike says almost nothing of which text is whose: its gradient is
+# a fortieth of its terms, so that their rounding shows 40 times.
+CLOSE = 1e-4
 
 
 def row(key: str, bounds: list[int], images: list[tuple[int, int]], unloved: list[tuple[int, int]]) -> Row:
@@ -124,7 +127,7 @@ def test_every_layout_gives_one_rank_s_losses_and_gradients(
         sums, pairs, found = gradients(workers, pairs_ranks.config(loss, dp, tp), weights[loss], dp * tp)
         torch.testing.assert_close(sums, one[0], rtol=1e-6, atol=0)
         torch.testing.assert_close(pairs, one[1], rtol=1e-6, atol=0)
-        assert furthest(found, one[2])[0] < 2e-5, (dp, tp, furthest(found, one[2]))
+        assert furthest(found, one[2])[0] < CLOSE, (dp, tp, furthest(found, one[2]))
     if loss == "siglip":
         _, pairs, found = gradients(workers, pairs_ranks.config(loss, 2), weights[loss], 2, pairs_ranks.alone)
         assert furthest(found, one[2])[0] > 1e-2 and abs(float(pairs[0] / one[1][0]) - 1) > 1e-2
@@ -138,7 +141,7 @@ def test_the_step_is_the_formula_on_the_features_plus_two_captions(
     (found,) = workers.run(1, pairs_ranks.formula, config, weights[loss], fixture.batches("vlm", fixture.ROWS)[0])
     assert found.step_loss == pytest.approx(found.loss, rel=1e-6)
     # Softmax forgets a key's bias, so that its gradient is rounding.
-    assert max((away, name) for name, away in found.away.items() if "qkv.bias" not in name) < (2e-5, "")
+    assert max((away, name) for name, away in found.away.items() if "qkv.bias" not in name) < (CLOSE, "")
     assert any(name.startswith("contrastive.text_encoder") for name in found.away)
     assert found.apart < 1e-5
     assert found.first_of["the last"] > 1e-2 and found.first_of["two"] > 1e-2  # it sees what follows, and where
