@@ -46,6 +46,7 @@ def eval_command(
     to images. Raises InputError for what cannot be evaluated, and where there is nothing to evaluate on.
     """
     _quiet()
+    from perilune.pretrain.data.manifest import image_rule, read_manifest
     from perilune.pretrain.evaluate import choices, pairs, results
     from perilune.pretrain.evaluate.load import alone, open_model
 
@@ -64,8 +65,11 @@ def eval_command(
         answers: list[Answer] = []
         result: dict[str, Any] = {"model": str(loaded.path), "step": loaded.step, "time": _now().isoformat()}
         if data is not None:
+            sees = loaded.vision is not None and image_rule(read_manifest(data)) is not None
+            if sees and (captions or pairs.comparing(loaded)):
+                loaded.need_text()  # before the time that the rows take
             result["validation"] = _validated(loaded, data, max_rows)
-            if loaded.vision is not None:
+            if sees:
                 seen, answers = _seen(loaded, data, captions, max_rows, named)
                 result |= seen
         if named and "zero_shot" not in result:
@@ -199,7 +203,7 @@ def _validated(loaded: Loaded, data: Path, max_rows: int) -> dict[str, Any]:
 def _seen(
     loaded: Loaded, data: Path, limit: int, max_rows: int, classes: Sequence[Class]
 ) -> tuple[dict[str, Any], list[Answer]]:
-    """What the model makes of the images of a dataset; nothing without images, or texts that follow them."""
+    """What the model makes of the images of a dataset that has some; nothing without texts that follow them."""
     from perilune.pretrain.data.manifest import image_rule
     from perilune.pretrain.data.reader import PackedDataset
     from perilune.pretrain.evaluate import captions, pairs, results
@@ -208,7 +212,8 @@ def _seen(
     dataset, answers, found = PackedDataset(data), [], dict[str, Any]()
     try:
         rule = image_rule(dataset.manifest)
-        if rule is None or not (limit or compares):
+        assert rule is not None
+        if not (limit or compares):
             return {}, []
         asked = captions.find(dataset, loaded.need_text().tokenizer, None if compares else limit, max_rows)
         if not asked:
