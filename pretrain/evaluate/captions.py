@@ -2,8 +2,9 @@
 
 A caption is the text after an image, up to the next image or the end of the document; one that the row cuts off, or
 that bears no loss, is not asked for. The model is given all that stands before the text in its document, images too.
-It is right where its text is the caption, white space at both ends aside. Each is asked once more with every image
-mid-grey, in its own size: what is still right then was told by the text, or guessed.
+It is right where its text is the caption, white space at both ends aside. What it writes beyond the length of a caption
+that another image follows does not count: the marks of images bear no loss, so that it never learns to begin one. Each
+is asked once more with every image mid-grey, in its own size: what is still right then was in the text, or guessed.
 """
 
 from __future__ import annotations
@@ -181,7 +182,11 @@ def _said(
         images=shown(seen, index, sum(map(len, prompts))).to(meshes.device()),
         eos_ids=ends,
     )
-    return [text.tokenizer.decode([t for t in one.tokens if t not in ends]).strip() for one in found]
+    kept = [
+        one.tokens[: caption.tokens] if caption.end == caption.start + caption.tokens else one.tokens
+        for one, caption in zip(found, group, strict=True)
+    ]
+    return [text.tokenizer.decode([t for t in tokens if t not in ends]).strip() for tokens in kept]
 
 
 def _small(image: Image.Image) -> bytes:

@@ -30,7 +30,7 @@ from perilune.pretrain.step import evaluate, train_step
 from perilune.pretrain.timetable import StepPlan
 from perilune.vision import vlm
 
-STEP = 60
+STEP = 40
 
 
 def learn(run: Path, data: Path, vocab_size: int, seq_len: int) -> tuple[float, float]:
@@ -57,7 +57,7 @@ def learn(run: Path, data: Path, vocab_size: int, seq_len: int) -> tuple[float, 
 
     rows = [batch for batch, _ in batches()]
     for step in range(STEP):
-        todo = StepPlan(rows=len(rows), lr=4e-3 * min(1.0, (STEP - step) / 20), mtp_weight=0.0, bias_speed=0.0)
+        todo = StepPlan(rows=len(rows), lr=8e-3 * min(1.0, (STEP - step) / 20), mtp_weight=0.0, bias_speed=0.0)
         train_step(net, adam, rows, next_token, todo, clip=1.0)
     checkpoint.save(run / "checkpoints", STEP, net, None, {"step": STEP, "data": {}}, config=config, keep=0)
     configs.save(config, run / "config.yaml")
