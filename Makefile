@@ -1,5 +1,5 @@
-# make demo: train a small model here, from nothing, in under ten minutes. make test: everything that a change must pass. make bench:
-# how fast it is beside others.
+# make demo: train a small model here, from nothing, in under ten minutes; make demo-vlm: one that sees, in twenty. make test:
+# everything that a change must pass. make bench: how fast it is beside others.
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
@@ -12,10 +12,11 @@ PACKAGES := pretrain parallel moe vision kernels launch
 export OMP_NUM_THREADS ?= 1
 export PYTHONSAFEPATH := 1
 
-.PHONY: help install demo test bench lint tools
+.PHONY: help install demo demo-vlm test bench lint tools
 
 help:
 	@echo "make demo      install, then make a tokenizer and shards, train, stop, resume and validate a small model"
+	@echo "make demo-vlm  install, then the stages of a small vision-language model on letters that it draws: twenty minutes"
 	@echo "make test      install (chromium and Slurm too, as root on Debian), then lint, types, import layers and tests (no GPU)"
 	@echo "make bench     install, then every measurement beside its rivals: one table, and bench.json (best on a quiet machine)"
 	@echo "make install   .venv with Perilune (editable) and what its tests need; PYTHON=python3.12 chooses the interpreter"
@@ -26,6 +27,9 @@ install: .venv/.installed
 
 demo: install
 	$(BIN)/perilune demo
+
+demo-vlm: install
+	$(BIN)/perilune demo --vlm
 
 test: lint tools
 	$(BIN)/python -m pytest -q

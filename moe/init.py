@@ -7,6 +7,7 @@ blocks that it holds a part of, and cuts. The draw is on the CPU whatever the de
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 
 import torch
 
@@ -37,13 +38,15 @@ def normal_slice(
     return whole[:, starts[1] : starts[1] + sizes[1]].clone()
 
 
-def draw_weights(model: torch.nn.Module, seed: int, std: float) -> None:
+def draw_weights(model: torch.nn.Module, seed: int, std: float | Callable[[str], float]) -> None:
     """Fill this rank's weights: N(0, std^2) for matrices (V3 section 4.2), ones for norms, zeros for biases.
 
-    A parameter that has the attribute `starts_at` is filled with that number.
+    `std` is a number, or gives one for each name. A parameter that has the attribute `starts_at` is filled with that.
     Names and places are those of the checkpoint (`sharded_state_dict`), which do not depend on the layout.
     """
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+
+    std_of = std if callable(std) else lambda name: std
 
     def draw(part: ShardedTensor) -> torch.Tensor:
         if (number := getattr(part.data, "starts_at", None)) is not None:
@@ -53,7 +56,8 @@ def draw_weights(model: torch.nn.Module, seed: int, std: float) -> None:
         if len(part.local_shape) == 1:
             return torch.ones(part.local_shape)
         sizes = (1,) * part.prepend_axis_num + tuple(part.local_shape)
-        values = normal_slice(seed, part.key, tuple(part.global_shape), tuple(part.global_offset), sizes, std)
+        shape, starts = tuple(part.global_shape), tuple(part.global_offset)
+        values = normal_slice(seed, part.key, shape, starts, sizes, std_of(part.key))
         return values.reshape(part.local_shape)
 
     with torch.no_grad():

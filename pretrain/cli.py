@@ -465,24 +465,30 @@ def parity(ctx: click.Context, max_procs: int, model: str | None, out: Path, onl
 
 
 @main.command(short_help="All of it once, small.")
+@click.option("--vlm", is_flag=True, help="A vision-language model, stage after stage, on glyphs: twenty minutes.")
 @click.option(
     "--run",
     "run_dir",
     type=FOLDER,
-    default=Path("runs/demo"),
-    show_default=True,
-    help="Run directory; what is there already is not made again.",
+    help="Run directory; what is there already is not made again.  [default: runs/demo, runs/demo_vlm]",
 )
 @click.pass_context
-def demo(ctx: click.Context, run_dir: Path) -> None:
+def demo(ctx: click.Context, vlm: bool, run_dir: Path | None) -> None:
     """Everything once, in under ten minutes on two cores: tokenizer, shards, train, stop, resume, validate.
 
     Text is the source of the running Python's standard library, so nothing is downloaded. At the end: bits per byte on
     held-out files beside what `xz -9` makes of them, and where TensorBoard's events are.
+
+    --vlm goes through the stages of a vision-language model: a text run, images beside their captions, alignment, joint
+    training. At the end: how many letters it names that stand in no training image, and with the image blanked.
     """
+    if vlm:
+        from perilune.pretrain.demo_vlm import main as run_vlm
+
+        ctx.exit(run_vlm(run_dir or Path("runs/demo_vlm")))
     from perilune.pretrain.demo import main as run
 
-    ctx.exit(run(run_dir))
+    ctx.exit(run(run_dir or Path("runs/demo")))
 
 
 for command in (tokenizer, pack, inspect, launch, jobs):

@@ -27,7 +27,7 @@ def main(run_dir: Path) -> int:
         ["tokenizer", "train", "--out", str(tokenizer), "--vocab-size", str(config.model.vocab_size), source],
         ["pack", "--out", str(packed), "--tokenizer", str(tokenizer), "--seq-len", str(config.data.seq_len), source],
     ):
-        if code := _start(command).wait():
+        if code := start(command).wait():
             return code
     train = ["train", "demo", f"data.path={packed / 'train'}", "--run", str(run), "--nproc", "2"]
     half = config.train.steps // 2
@@ -37,28 +37,29 @@ def main(run_dir: Path) -> int:
         if code not in (0, _PREEMPTED):
             return code
     print("\nSecond half: the same command goes on from the checkpoint.")
-    if code := _start(train).wait():
+    if code := start(train).wait():
         return code
     _compare_with_xz(run, source)
     exported = home / "hf"
-    if not exported.exists() and (code := _start(["export", str(run), "--out", str(exported), "--verify"]).wait()):
+    if not exported.exists() and (code := start(["export", str(run), "--out", str(exported), "--verify"]).wait()):
         return code
     _continue_with_transformers(exported)
-    if code := _start(["report", str(run)]).wait():
+    if code := start(["report", str(run)]).wait():
         return code
     print(f"the whole demo took {(time.monotonic() - began) / 60:.1f} minutes")
     print(f"see the curves: {Path(sys.prefix) / 'bin' / 'tensorboard'} --logdir {run / 'tensorboard'}")
     return 0
 
 
-def _start(arguments: list[str]) -> subprocess.Popen[bytes]:
+def start(arguments: list[str]) -> subprocess.Popen[bytes]:
+    """Show a command of `perilune`'s and start it."""
     print(f"\n$ perilune {' '.join(arguments)}", flush=True)
     return subprocess.Popen([sys.executable, "-m", "perilune.pretrain.cli", *arguments], cwd="/")
 
 
 def _stop_at(step: int, train: list[str], run: Path) -> int:
     """Start training, and send SIGTERM once `step` steps are recorded."""
-    process = _start(train)
+    process = start(train)
     try:
         while process.poll() is None and _last(run).get("step", 0) < step:
             time.sleep(0.2)

@@ -114,7 +114,7 @@ def build(config: Config, mesh: Mesh) -> Model:
     for part in parts:
         _freeze(part, config.train.freeze)
         part.to(meshes.device())
-        draw_weights(part, config.train.seed, config.model.init_std)
+        draw_weights(part, config.train.seed, lambda name: _std(config, name))
         for parameter in part.parameters():  # Megatron-core's layers carry marks that its DDP asks for
             parameter.allreduce = getattr(parameter, "allreduce", True)  # type: ignore[attr-defined]
     megatron = backbone.transformer_config(shape)
@@ -141,6 +141,11 @@ def build(config: Config, mesh: Mesh) -> Model:
         for chunk in chunks:
             _wait_for_weights_read_from_outside(chunk)
     return Model(chunks, config.contrastive if config.contrastive.loss != "none" else None)
+
+
+def _std(config: Config, name: str) -> float:
+    """Of the weight `name` when it is drawn: tower and decoder differ in width, and so in what suits them."""
+    return config.vision.init_std if part_of(name) in SEEING else config.model.init_std
 
 
 def _freeze(part: torch.nn.Module, frozen: tuple[str, ...]) -> None:

@@ -130,6 +130,7 @@ def _batch(config: Config) -> list[str]:
         "data.retry_s": (config.data.retry_s, 0, math.inf),
         "data.cache_gib": (config.data.cache_gib, 0, math.inf),
         "model.init_std": (config.model.init_std, 0, 1e3),
+        "vision.init_std": (config.vision.init_std, 0, 1e3),
         "model.rms_norm_eps": (config.model.rms_norm_eps, 0, 1),
         "model.latent_norm_eps": (config.model.latent_norm_eps, 0, 1),
         "model.rope_theta": (config.model.rope_theta, 1, math.inf),

@@ -67,6 +67,7 @@ class Vision:
     pos_emb_width: int = 64
     rope_theta: float = 10000.0
     layer_norm_eps: float = 1e-5
+    init_std: float = 0.02  # of tower, projector and what compares images; the decoder's is model.init_std
     token_share: float = 0.5  # part of a row's tokens that are images', for the balance of pipeline stages alone
 
 

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from perilune.pretrain import presets
 from perilune.pretrain.cli import main
 from perilune.pretrain.errors import InputError, Preempted
+from perilune.pretrain.start import Start
 
 HEAVY = ("torch", "megatron", "numpy", "pydantic", "yaml", "ray", "rich", "transformers", "tokenizers", "pyarrow")
 
@@ -74,9 +75,11 @@ def test_train_hands_on_every_word(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     words += ["--profile", "optim.lr=-1", "--init-from", str(weights)]
     done = CliRunner().invoke(main, words)
     assert done.exit_code == 0, done.output
-    assert body.args == ("tiny", ("train.steps=3", "optim.lr=-1"), file, Path("r"), 2, True, True, weights)
+    assert body.args == ("tiny", ("train.steps=3", "optim.lr=-1"), file, Path("r"), 2, True, True, Start(weights))
     CliRunner().invoke(main, ["train", "tiny"])
-    assert body.args == ("tiny", (), None, None, None, False, False, None)
+    assert body.args == ("tiny", (), None, None, None, False, False, Start())
+    CliRunner().invoke(main, ["train", "demo_vlm", "stage=align", "--after", str(weights), "--after", str(tmp_path)])
+    assert body.args[-1] == Start(after=(weights, tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from perilune.pretrain import config as cfg
-from perilune.pretrain import presets
+from perilune.pretrain import presets, rules
 from perilune.pretrain.errors import InputError
 from perilune.pretrain.schema import Config, Data, Model, Train
 
@@ -182,14 +182,34 @@ def test_yaml_is_of_version_1_2(tmp_path: Path) -> None:
     assert (got.precision.fp8, got.optim.lr, got.data.path) == ("off", 1e-4, "2024-01-01")
 
 
-@pytest.mark.parametrize("name", presets.names())
-def test_presets_resolve_and_survive_saving(name: str, tmp_path: Path) -> None:
-    config = cfg.resolve(name)
+@pytest.mark.parametrize(
+    ("name", "stage"), [(name, stage) for name in presets.names() for stage in ("", *presets.stages(name))]
+)
+def test_presets_resolve_and_survive_saving(name: str, stage: str, tmp_path: Path) -> None:
+    config = cfg.resolve(name, [f"stage={stage}"] if stage else [])
     assert config.preset == name
+    assert config.stage == (stage or config.stage) and bool(config.stage) == bool(presets.stages(name))
     cfg.save(config, tmp_path / "config.yaml")
     assert cfg.load(tmp_path / "config.yaml") == config
     assert cfg.resolve(name, yaml_file=tmp_path / "config.yaml") == config
     assert [p.name for p in tmp_path.iterdir()] == ["config.yaml"]
+
+
+@pytest.mark.parametrize(("name", "world"), [("demo_vlm", 2), ("kimi_vl_a3b", 512)])
+def test_every_stage_fits_where_it_is_meant_to_run(name: str, world: int) -> None:
+    for stage in presets.stages(name):
+        rules.check_fits(cfg.resolve(name, [f"stage={stage}"]), world)
+    with pytest.raises(InputError, match=f"no such stage; its stages are {', '.join(presets.stages(name))}"):
+        cfg.resolve(name, ["stage=jonit"])
+    with pytest.raises(InputError, match="several have: demo_vlm, kimi_vl_a3b"):
+        cfg.resolve("tiny", ["stage=align"])
+
+
+def test_a_file_may_name_the_stage_and_the_command_another(tmp_path: Path) -> None:
+    file = tmp_path / "keys.yaml"
+    file.write_text("preset: demo_vlm\nstage: align\n", encoding="utf-8")
+    assert cfg.resolve("demo_vlm", yaml_file=file) == presets.get("demo_vlm", "align")
+    assert cfg.resolve("demo_vlm", ["stage=text"], yaml_file=file) == presets.get("demo_vlm", "text")
 
 
 def test_an_unknown_preset_names_the_nearest() -> None:

@@ -47,10 +47,11 @@ WORD_EVERY = 6
 HELD_OUT_PART = 0.2  # of the combinations
 KEPT_PARTNERS = 2  # combinations of each base and each mark that training keeps at least
 
-SIDES = (28, 112)  # pixels: 1 to 16 tokens of 28 x 28
+SIDES = (28, 84)  # pixels: 1 to 9 tokens of 28 x 28
 WORD_WIDTH = 16  # pixels a letter, at least
 MARGIN = 2  # pixels of paper on each side
 FILL = (0.75, 1.0)  # of the largest size that fits
+INK, PAPER = (0, 110), (150, 255)  # of each of red, green and blue: any dark colour on any light one
 CONTRAST = 4.5  # what WCAG 2.2 (1.4.3) asks of text
 LEVELS = 16  # from paper to ink: four bits a pixel
 
@@ -61,9 +62,9 @@ FONTS = (
     "STIXGeneralBolIta",
 )  # fmt: skip
 
-# Drawn alone at an unknown size, c is C, and l is I: small letters that no drawing tells from others are left out,
-# zero for O, and the Greek and Cyrillic letters that look like Latin ones or like each other.
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ" + "abdefghkmnpqrtuy"
+# Drawn alone at an unknown size, c is C, and l is I: small letters are left to words, and zero for O, and the Greek and
+# Cyrillic letters that look like Latin ones or like each other.
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 OTHERS = "23456789" + "ΓΔΘΛΞΠΣΦΨΩαβδζθλμξφψω" + "БДЖИЦШЭЮЯ" + "!?&@#%+=→←↑↓√∞∫♠♥♦♣£€§¶"
 MARKS = (
     "\N{COMBINING GRAVE ACCENT}\N{COMBINING ACUTE ACCENT}\N{COMBINING CIRCUMFLEX ACCENT}\N{COMBINING TILDE}"
@@ -273,7 +274,7 @@ def _picture(draws: _Draws, text: str, caption: str) -> Picture:
     fill = FILL[0] + (FILL[1] - FILL[0]) * draws.part()
     across, down = draws.part(), draws.part()
     while True:
-        ink, paper = draws.colour(), draws.colour()
+        ink, paper = draws.colour(*INK), draws.colour(*PAPER)
         if contrast(ink, paper) >= CONTRAST:
             return Picture(text, caption, font, width, height, fill, across, down, ink, paper)
 
@@ -294,8 +295,8 @@ class _Draws:
     def choice[T](self, items: tuple[T, ...] | list[T]) -> T:
         return items[self.whole(0, len(items) - 1)]
 
-    def colour(self) -> tuple[int, int, int]:
-        return self.whole(0, 255), self.whole(0, 255), self.whole(0, 255)
+    def colour(self, low: int, high: int) -> tuple[int, int, int]:
+        return self.whole(low, high), self.whole(low, high), self.whole(low, high)
 
 
 @cache

@@ -33,7 +33,8 @@ def kimi_vl_a3b(stage: str = "joint") -> Config:
     - The part of text starts at all of it and falls, by how much was not published: write it as a schedule of
       `data.blend`.
     - The tokens of the long stages are published as one sum, 0.3T: half for each.
-    - Batch sizes and degrees of parallelism were not published: Moonlight's are kept, in tokens.
+    - Batch sizes and degrees of parallelism were not published: Moonlight's are kept, in tokens. The vision stage wants
+      as many ranks as its batch has micro-batches, and documents masked, so that no text knows another.
     """
     moonlight = moonlight_16b_a3b()
     whole = replace(
@@ -53,7 +54,9 @@ def kimi_vl_a3b(stage: str = "joint") -> Config:
                 whole,
                 model=_caption_decoder(moonlight.model),
                 contrastive=Contrastive(loss="siglip"),
-                train=replace(whole.train, tokens=2_000_000_000_000),
+                # Every image meets every text of the batch: one micro-batch on each of 512 ranks.
+                train=replace(whole.train, tokens=2_000_000_000_000, micro_batch_size=8),
+                data=replace(whole.data, document_mask=True),
                 schedule=fresh,
                 optim=moonlight.optim,
                 parallel=replace(moonlight.parallel, ep=1),

@@ -109,7 +109,7 @@ def test_evaluation_sees_what_is_packed(valid: list[Document]) -> None:
     for one in ones:
         assert one.caption == unicodedata.name(one.character) and {one.combination} == taken_apart(one.character)
         assert one.caption in classes() and one.combination in demo_glyphs.held_out_combinations()
-    assert len(set(classes())) == len(classes()) > 300
+    assert len(set(classes())) == len(classes()) > 200
 
 
 def test_fonts_have_what_they_draw() -> None:
@@ -135,12 +135,12 @@ def test_pictures_are_sound(train: list[Document]) -> None:
             paper, *_, ink = np.array(image.getpalette("RGB")).reshape(-1, 3)[:16].tolist()
             levels = np.asarray(image)
             width, height = image.size
-        assert 28 <= width <= 112 and 28 <= height <= 112
+        assert 28 <= width <= 84 and 28 <= height <= 84
         down, across = np.nonzero(levels)
         box = down.min(), height - 1 - down.max(), across.min(), width - 1 - across.max()
         assert min(box) >= 1 and levels.max() >= 12, "whole and visible"
         filled = max((down.max() + 1 - down.min()) / (height - 4), (across.max() + 1 - across.min()) / (width - 4))
-        assert filled > 0.5, "a letter's own room on its sides counts as the letter"
+        assert filled > 0.4, "a letter's own room on its sides counts as the letter"
         assert contrast(tuple(ink), tuple(paper)) >= 4.5
         sides.add((width, height))
         colours.add(tuple(ink))
