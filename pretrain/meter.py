@@ -11,8 +11,8 @@ import torch
 from perilune.parallel import precision
 from perilune.pretrain.data.batch import PackedBatch
 from perilune.pretrain.data.pairs import pairs_of
-from perilune.pretrain.plan.counts import flops_per_token
-from perilune.pretrain.plan.vision_counts import contrastive_flops, image_flops
+from perilune.pretrain.plan.frozen import training_flops
+from perilune.pretrain.plan.vision_counts import contrastive_flops
 from perilune.pretrain.schema import Config
 from perilune.pretrain.timetable import StepPlan
 
@@ -51,8 +51,7 @@ class Meter:
         peak_name, peak_rate = peak(precision.dtype(config.precision.compute))
         self.name = f"MFU of {peak_name}"
         self._seq_len = config.data.seq_len
-        self._flops = flops_per_token(config.model, config.data.seq_len).training
-        self._image, self._dp = image_flops(config.vision, config.model.hidden_size), dp
+        self._flops, self._dp = training_flops(config), dp
         self._compares = config.contrastive.loss != "none"
         self._contrast = contrastive_flops(config.contrastive, config.vision)
         self._peak = peak_rate * world if peak_rate else None
@@ -68,13 +67,13 @@ class Meter:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         seconds, tokens = time.perf_counter() - self._began, todo.rows * self._seq_len
-        images = self._dp * sum(self._image.training((d, a)) for batch in batches for d, a in batch.grids.tolist())
+        images = self._dp * sum(self._flops.image.forward((d, a)) for batch in batches for d, a in batch.grids.tolist())
         if self._compares:
             images += self._dp * sum(map(self._comparing, batches))
         return {
             "lr": todo.lr,
             "tokens_per_s": tokens / seconds,
-            "mfu": (tokens * self._flops + images) / seconds / self._peak if self._peak else None,
+            "mfu": (tokens * self._flops.token + images) / seconds / self._peak if self._peak else None,
             "data_wait_s": self._data_wait,
         }
 

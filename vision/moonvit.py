@@ -206,6 +206,19 @@ def merged(hidden_PH: torch.Tensor, grids: list[tuple[int, int]]) -> torch.Tenso
     return torch.cat(cells)
 
 
+class FeedForward(MLP):
+    """Megatron-core's, which adds the bias of its output itself.
+
+    (Megatron-core hands the bias out, to be added later. Handed out of a recomputed function a weight becomes this
+    function's result, and so part of its own backward, which never ends.)
+    """
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+        """As `MLP`'s, without a bias left to add."""
+        out, bias = super().forward(hidden_states, *args, **kwargs)
+        return out if bias is None else out + bias, None
+
+
 def backend() -> Any:
     """Whose linear layers and norms the vision side has: Transformer Engine's or Megatron-core's local ones."""
     return spec_provider(WrappedTorchNorm, ImageAttention, torch.nn.Identity)
@@ -227,7 +240,7 @@ def block(layers: int) -> TransformerBlockSubmodules:
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
-            mlp=partial(MLP.as_mlp_submodule, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
+            mlp=partial(FeedForward.as_mlp_submodule, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
             mlp_bda=get_bias_dropout_add,
         ),
     )

@@ -120,7 +120,8 @@ def _recomputed() -> list[Case]:
         for policy in (v3, Recompute("selective", ("core_attn", "moe", "mtp")), Recompute("full"))
         for world, parallel in (_AXES[3], _AXES[6], _AXES[7])
     ]
-    return alone + together
+    seeing = Case(2, Parallel(tp=2), Recompute("full"), fixture="vlm", micro_batch_size=2)
+    return [*alone, *together, seeing]
 
 
 def recompute_names() -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import time
 import warnings
 from collections.abc import Callable
@@ -24,11 +25,12 @@ from perilune.pretrain import model as models
 from perilune.pretrain import rules
 from perilune.pretrain.data.batch import PackedBatch
 from perilune.pretrain.data.collate import collate
-from perilune.pretrain.data.shard import Row
+from perilune.pretrain.data.shard import Row, RowImage
 from perilune.pretrain.objective import next_token
 from perilune.pretrain.schema import Config, Parallel, Recompute
 from perilune.pretrain.step import forward_backward
 
+LARGEST = 32  # tokens a side of an image, as Kimi-VL's limit of 4096 patches has it
 V3 = ("layernorm", "mla_up_proj", "moe_act")  # what DeepSeek-V3 recomputes (section 3.2.3)
 
 
@@ -52,7 +54,7 @@ def policies(config: Config) -> list[Recompute]:
         every = [p for p in every if p.modules != ("shared_experts",)]
     if not config.model.num_nextn_predict_layers:
         every = [p for p in every if p.modules != ("mtp",)]
-    if not config.model.first_k_dense_replace:
+    if not (config.model.first_k_dense_replace or config.vision.num_layers):
         every = [p for p in every if p.modules != ("mlp",)]
     return every
 
@@ -137,15 +139,23 @@ def _peak_bytes(run: Callable[[], None]) -> int:
 
 
 def _batch(config: Config) -> PackedBatch:
-    """A micro-batch of random tokens, a document a row."""
-    seq_len = config.data.seq_len
+    """A micro-batch of random tokens, a document a row; with a tower, each begins with an image of up to half of it."""
+    seq_len, vision = config.data.seq_len, config.vision
     rng = np.random.default_rng(0)
     bounds, mask = np.array([0, seq_len], np.int32), np.ones(seq_len, np.uint8)
+    images: tuple[RowImage, ...] = ()
+    if vision.num_layers:
+        side = max(1, min(math.isqrt(seq_len // 2), LARGEST))
+        grid = side * vision.merge_size, side * vision.merge_size
+        images = (RowImage(b"", "png", 0, side**2, grid),)
+        mask[: side**2] = 0
     rows = [
-        Row(str(i), rng.integers(0, config.model.vocab_size, seq_len).astype(np.uint32), bounds, mask)
+        Row(str(i), rng.integers(0, config.model.vocab_size, seq_len).astype(np.uint32), bounds, mask, images=images)
         for i in range(config.train.micro_batch_size)
     ]
-    return collate(rows, config.model.num_nextn_predict_layers, config.data.document_mask)
+    shape = 3, vision.patch_size, vision.patch_size
+    patches = [rng.integers(0, 256, (math.prod(one.grid), *shape), np.uint8) for row in rows for one in row.images]
+    return collate(rows, config.model.num_nextn_predict_layers, config.data.document_mask, patches=patches)
 
 
 def _print(config: Config, costs: list[Cost]) -> None:

@@ -40,11 +40,11 @@ class Run:
     kept: int  # numbers that forward kept for backward, besides weights and patches
 
 
-def run(recompute: str = "none") -> Run:
+def run(recompute: str = "none", modules: tuple[str, ...] = ()) -> Run:
     """Tower and projector split over all ranks, drawn weights, images of GRIDS."""
     mesh = Mesh(world=dist.get_world_size(), tp=dist.get_world_size())
     meshes.start(mesh, timeout_s=60)
-    config = VisionConfig(VISION, TEXT, mesh, recompute_granularity=recompute)
+    config = VisionConfig(VISION, TEXT, mesh, recompute_granularity=recompute, recompute_modules=modules)
     parts: dict[str, MoonViT | Projector] = {"tower": MoonViT(config), "projector": Projector(config)}
     for part in parts.values():
         draw_weights(part, seed=1, std=0.2)

@@ -13,7 +13,7 @@ from perilune.pretrain import model as models
 from perilune.pretrain import optimizer, presets, rules
 from perilune.pretrain.objective import next_token
 from perilune.pretrain.parity import fixture
-from perilune.pretrain.schema import Parallel
+from perilune.pretrain.schema import Parallel, Recompute
 from perilune.pretrain.step import train_step
 from perilune.pretrain.timetable import StepPlan
 from perilune.vision.images import normalize
@@ -82,10 +82,11 @@ def make() -> Made:
     )
 
 
-def frozen(parts: tuple[str, ...], parallel: Parallel) -> dict[str, float]:
+def frozen(parts: tuple[str, ...], parallel: Parallel, recompute: str = "none") -> dict[str, float]:
     """How far a step moves each of this rank's weights, with these parts frozen."""
     base = fixture.config("vlm")
-    config = replace(base, parallel=parallel, train=replace(base.train, freeze=parts))
+    train = replace(base.train, freeze=parts)
+    config = replace(base, parallel=parallel, recompute=Recompute(recompute), train=train)  # type: ignore[arg-type]
     mesh = rules.mesh_of(config, torch.distributed.get_world_size())
     meshes.start(mesh, timeout_s=60)
     net = models.build(config, mesh)
@@ -98,3 +99,67 @@ def frozen(parts: tuple[str, ...], parallel: Parallel) -> dict[str, float]:
     net.settle()
     after = {n: p.detach() for chunk in net.bare() for n, p in chunk.named_parameters()}
     return {name: float((after[name] - before[name]).abs().max()) for name in before}
+
+
+def trained_flops(cases: list[tuple[str, ...]]) -> list[int]:
+    """FLOPs that torch counts of tower and projector, forward and backward on images of GRIDS, with parts frozen."""
+    sizes = sum(d * a for d, a in GRIDS)
+    nowhere = torch.zeros(0, dtype=torch.int64)
+    images = Images(torch.zeros((sizes, 3, 14, 14), dtype=torch.uint8), torch.tensor(GRIDS), nowhere, nowhere)
+    mesh = rules.mesh_of(TINY, 1)
+    meshes.start(mesh, timeout_s=60)
+    found = []
+    for parts in cases:
+        config = replace(TINY, train=replace(TINY.train, freeze=parts))
+        (net,) = models.build(config, mesh).bare()
+        assert isinstance(net, VisionLanguageModel)
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            features = net.features(images)
+            if features.requires_grad:
+                features.sum().backward()
+        found.append(counter.get_total_flops())
+    return found
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Some steps on text and images."""
+
+    losses: list[float]
+    weights: set[torch.dtype]
+    masters: set[torch.dtype]
+    mastered: float  # share of weights that have a master of their own
+    largest_update: dict[str, float]  # of each part
+
+
+def steps(compute: str) -> Steps:
+    """Two on the batch of the parity fixture, in this type."""
+    base = fixture.config("vlm")
+    config = replace(base, precision=replace(base.precision, compute=compute))
+    mesh = rules.mesh_of(config, torch.distributed.get_world_size())
+    meshes.start(mesh, timeout_s=60)
+    net = models.build(config, mesh)
+    adam = optimizer.build(config, net)
+    plan = StepPlan(rows=fixture.ROWS, lr=1e-3, mtp_weight=0.0, bias_speed=0.0)
+    (chunk,) = net.bare()
+    before = {name: p.detach().clone() for name, p in chunk.named_parameters()}
+    results = [train_step(net, adam, fixture.batches("vlm", 2), next_token, plan, clip=1.0) for _ in range(2)]
+    assert not any(result.skipped for result in results)
+    moved: dict[str, float] = {}
+    for name, p in chunk.named_parameters():
+        part, away = name.partition(".")[0], float((p.detach() - before[name]).abs().max())
+        moved[part] = max(away, moved.get(part, 0.0))
+    masters = [
+        (weight, master)
+        for one in adam.chained_optimizers
+        for weights, wide in zip(one.model_float16_groups, one.shard_fp32_from_float16_groups, strict=True)
+        for weight, master in zip(weights, wide, strict=True)
+    ]
+    assert all(torch.equal(master.to(weight.dtype).view_as(weight), weight) for weight, master in masters)
+    return Steps(
+        [result.loss for result in results],
+        {p.dtype for n, p in chunk.named_parameters() if "router" not in n},
+        {master.dtype for _, master in masters},
+        sum(master.numel() for _, master in masters) / sum(p.numel() for p in chunk.parameters()),
+        moved,
+    )

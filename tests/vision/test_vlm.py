@@ -14,7 +14,7 @@ from transformers.models.kimi_k25.modeling_kimi_k25 import (
     Kimi_K25VisionConfig,
     Kimi_K25VisionModel,
 )
-from vision_ranks import GRIDS, TEXT, VISION, Made, frozen, make
+from vision_ranks import GRIDS, TEXT, VISION, Made, frozen, make, steps
 
 from perilune.parallel import context
 from perilune.parallel.workers import Workers
@@ -135,11 +135,21 @@ def test_without_an_image_a_blank_one_stands_in_and_gives_no_feature() -> None:
 
 @pytest.mark.parametrize("parts", [("language_model",), ("vision_tower",), ("vision_tower", "language_model")])
 def test_frozen_parts_stay_and_the_others_train(parts: tuple[str, ...], workers: Workers) -> None:
-    """With the layer's first stage alone holding what trains, too."""
-    for parallel in (Parallel(), Parallel(pp=2)):
-        ranks = workers.run(2, frozen, parts, parallel)
+    """With the first stage alone holding what trains, too, and recomputed."""
+    layouts = [(Parallel(), "none"), (Parallel(pp=2), "none")]
+    layouts += [(Parallel(tp=2), "full")] if parts == ("language_model",) else []
+    for parallel, recompute in layouts:
+        ranks = workers.run(2, frozen, parts, parallel, recompute)
         moved = {name: change for rank in ranks for name, change in rank.items()}
         for name, change in moved.items():
             owner = name.partition(".")[0]
             part = owner if owner in ("vision_tower", "multi_modal_projector") else "language_model"
             assert (change == 0) == (part in parts), (name, change, parallel)
+
+
+def test_bf16_on_images_follows_fp32_and_keeps_its_masters_wide(workers: Workers) -> None:
+    wide, narrow = (workers.run(1, steps, compute)[0] for compute in ("fp32", "bf16"))
+    assert narrow.weights == {torch.bfloat16} and narrow.masters == {torch.float32} and narrow.mastered > 0.99
+    assert wide.losses[1] < wide.losses[0] - 0.01  # both learn
+    assert narrow.losses == pytest.approx(wide.losses, rel=1e-2)
+    assert all(narrow.largest_update[part] > 1e-4 for part in ("vision_tower", "multi_modal_projector", "decoder"))
