@@ -48,7 +48,7 @@ _MODELS: dict[str, Model] = {
     "whole-rows": _BASE,  # without a mask between documents, as DeepSeek-V3 was trained
     "vlm": replace(_BASE, num_nextn_predict_layers=0),  # with images in some rows
 }
-_TOWER = replace(presets.get("tiny_vl").vision, hidden_size=64, num_attention_heads=8)
+_TOWER = replace(presets.get("tiny_vl").vision, hidden_size=64, num_attention_heads=8, init_std=0.2)
 _GRIDS = {1: [(2, 4)], 2: [(4, 2), (2, 2)], 3: [(4, 6)], 6: [(2, 2), (6, 4), (2, 2)]}  # row -> its images' patches
 NAMES = tuple(_MODELS)
 

@@ -39,6 +39,7 @@ def learn(run: Path, data: Path, vocab_size: int, seq_len: int) -> tuple[float, 
     config = replace(
         tiny,
         model=replace(tiny.model, vocab_size=vocab_size, init_std=0.05, max_position_embeddings=seq_len),
+        vision=replace(tiny.vision, init_std=0.05),
         contrastive=Contrastive(
             "siglip", feature_dim=32, num_layers=1, hidden_size=32, num_attention_heads=2, intermediate_size=64
         ),

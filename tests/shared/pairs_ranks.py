@@ -136,7 +136,8 @@ def train(loss: Any, steps: int, frozen: tuple[str, ...] = (), compute: Any = "f
     """Some steps on the same batch, over the data-parallel ranks of this group."""
     of = config(loss, dp=dist.get_world_size(), zero1=True)
     of = replace(of, train=replace(of.train, freeze=frozen), precision=Precision(compute=compute))
-    of = replace(of, model=replace(of.model, init_std=0.05), optim=replace(of.optim, lr=3e-3, eps=1e-8, clip=1.0))
+    of = replace(of, model=replace(of.model, init_std=0.05), vision=replace(of.vision, init_std=0.05))
+    of = replace(of, optim=replace(of.optim, lr=3e-3, eps=1e-8, clip=1.0))
     model = _built(of)
     adam = optimizer.build(of, model)
     (net,) = model.bare()
