@@ -88,10 +88,11 @@ def take_over(paths: Sequence[Path], model: Model, optimizer: Any, stream: Strea
     for source in sources:
         _fill_weights(source, model, {part for part, found in weights.items() if found is source})
     state = moments.sharded_state(optimizer, checkpoint.model_state(model), loading=True)
-    kept = {
+    kept = {  # of the parts that train, a frozen one has no moments
         part: _last(sources, {key: shape for key, shape in keys.items() if moments.is_moment(key)})
-        for part, keys in _by_part(_asked({"optimizer": state})).items()
         if weights[part] is not None
+        else None
+        for part, keys in _by_part(_asked({"optimizer": state})).items()
     }
     adam_step = _fill_moments(state, kept, model, optimizer)
     data = stream.begin_after([DataState.from_dict(s.manifest["run_state"]["data"]) for s in sources if _ran(s)])
@@ -203,9 +204,9 @@ def _told(
         said += [f"moments of {', '.join(with_moments)}"] if with_moments else []
         lines.append(f"after {source.path}: " + ("; ".join(said) or "nothing that a later one does not hold"))
     drawn = [part for part, found in weights.items() if found is None]
-    zero = [part for part in weights if kept.get(part) is None]
+    zero = [part for part, found in kept.items() if found is None]
     lines += [f"  drawn anew: {', '.join(drawn)}"] if drawn else []
-    lines += [f"  moments from zero, where it trains: {', '.join(zero)}"] if zero else []
+    lines += [f"  moments from zero: {', '.join(zero)}"] if zero else []
     lines.append(f"  from the beginning: steps, tokens, schedules, quarantine; Adam counts on from {adam_step}")
     return lines
 
