@@ -19,7 +19,10 @@ def demo_vlm(stage: str = "joint") -> Config:
 
     Source: this repository.
     Hardware: two CPU cores, two processes of one thread each.
-    Expected: not yet measured.
+    Expected: of combinations of letter and mark that no training image shows, the vision stage finds 74% among 30
+        classes by their captions. The captions that the joint stage writes are exactly right for 28% of training's
+        images and for 1% of those: the decoder has learned which combinations there are, and does not yet believe its
+        eyes (docs/vision.md).
     Command: make demo-vlm
     """
     text = demo()
