@@ -58,7 +58,7 @@ def demo_vlm(stage: str = "joint") -> Config:
             intermediate_size=384,
             pos_emb_height=6,
             pos_emb_width=6,
-            init_std=0.1,  # about 1 / sqrt(hidden_size): with 0.02 it learns nothing for the first 40,000 images
+            init_std=0.1,  # about 1 / sqrt(hidden_size): with 0.02 it learned nothing from 60,000 images
         ),
         train=Train(steps=steps, global_batch_size=_ROWS, micro_batch_size=_ROWS // 2, log_every=50),
         valid=Valid(every=steps, steps=0),
