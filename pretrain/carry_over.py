@@ -4,8 +4,9 @@ Weights go part by part (`rules.PARTS`): a part is taken whole, from the last of
 tensors in this model's shape, or it is drawn anew. So the vision stage's small decoder never gets into the place of the
 language model, and a tower finds its way into any decoder. What else a run holds (its text encoder, MTP layers) is
 left. Moments and masters go with their part, again from the last run that has them: those of a language model that the
-alignment froze come from the text run. Adam counts one step for all: where some moments go on and others begin at zero,
-the count goes on, and the new ones' first updates are smaller than they would be (by half or more), never larger.
+alignment froze come from the text run, and a master that does not round to the weight gives way to it. Adam counts one
+step for all: where some moments go on and others begin at zero, the count goes on, so that the n-th update of the new
+ones is (1 - beta1^n) / sqrt(1 - beta2^n) of what it would be: 0.45 at first with 0.9 and 0.95, at most 1.1 later.
 
 Rows of data that were read already are not read again before the others: a dataset goes on from where the furthest of
 those runs was in it. The schedules, steps and tokens are the run's own, and begin at zero.
@@ -151,6 +152,7 @@ def _fill_moments(state: dict[int, Any], kept: dict[str, _Source | None], model:
     step = max((source.manifest["optimizer_step"] for source in kept.values() if source is not None), default=0)
     loaded = _read({"optimizer": state}, source_of)
     moments.load_state(optimizer, loaded.get("optimizer", {}), step)
+    moments.masters_of_weights(optimizer)  # the moments' run may not be that of the weights
     return step
 
 

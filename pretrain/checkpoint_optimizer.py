@@ -198,6 +198,18 @@ def begin_where(state: dict[int, Any], model_state: dict[str, Any], new: Callabl
                 entry.data.copy_(weights[weight_of(entry.key)].detach())
 
 
+def masters_of_weights(optimizer: Any) -> None:
+    """Let each 16-bit weight's master be one that rounds to it: where another run's does not, the weight itself."""
+    for one in _optimizers(optimizer):
+        distributed = _is_distributed(one)
+        weights = one.shard_float16_groups if distributed else getattr(one, "float16_groups", [])
+        masters = one.shard_fp32_from_float16_groups if distributed else getattr(one, "fp32_from_float16_groups", [])
+        for group, of_group in zip(weights, masters, strict=True):
+            for weight, master in zip(group, of_group, strict=True):
+                fits = master.data.to(weight.dtype) == weight.data
+                master.data.copy_(torch.where(fits, master.data, weight.data.float()))
+
+
 @contextmanager
 def _padding_counted(one: Any) -> Iterator[None]:
     """Let the distributed optimizer find its tensors where several buckets make a buffer.

@@ -146,7 +146,7 @@ def doctor(ctx: click.Context, cluster: bool, within: float, below: float, as_js
 @click.option("--init-from", type=FOLDER_THERE, metavar="CHECKPOINT", help="Start from the weights of a checkpoint.")
 @click.option(
     "--after",
-    type=FOLDER_THERE,
+    type=FOLDER,
     multiple=True,
     metavar="RUN_OR_CHECKPOINT",
     help="Go on from an earlier stage: weights, moments and data position of each part that fits; the last named wins.",

@@ -24,7 +24,7 @@ from perilune.pretrain.plan.stages import layout_of
 from perilune.pretrain.rules import PARTS, part_of
 from perilune.pretrain.schema import Config, Contrastive
 from perilune.vision import vlm
-from perilune.vision.moonvit import VisionConfig
+from perilune.vision.moonvit import PatchEmbedding, VisionConfig
 
 SEEING = PARTS[:3]  # every other part of a chunk is the language model
 
@@ -183,7 +183,7 @@ def images_for(chunk: DistributedDataParallel, batch: PackedBatch) -> dict[str, 
 
 
 def _wait_for_weights_read_from_outside(chunk: DistributedDataParallel) -> None:
-    """Let expert layers wait for their experts' weights, and the loss for the head's.
+    """Let expert layers wait for their experts' weights, the loss for the head's, and patches for their positions'.
 
     They may read them without calling the module that holds them, and Megatron-core's DDP waits where a module is
     called for the weights that are its own.
@@ -197,5 +197,7 @@ def _wait_for_weights_read_from_outside(chunk: DistributedDataParallel) -> None:
     for module in chunk.modules():
         if isinstance(module, MoELayer):
             module.register_forward_pre_hook(lambda layer, arguments: wait(layer.experts))
+        elif isinstance(module, PatchEmbedding):
+            module.register_forward_pre_hook(lambda embed, arguments: wait(embed.pos_emb))
         elif isinstance(module, backbone.TokenLoss):
             module.register_forward_pre_hook(lambda loss, arguments: wait(arguments[0]))

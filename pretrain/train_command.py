@@ -74,7 +74,8 @@ def check_here(config: Config, run_dir: Path, world: int, gpus: int, start: Star
     """Refuse what cannot run before a process of it starts, and make its folder. Raises InputError."""
     rules.check(config, world)
     rules.check_machine(config, gpus)
-    start.check()
+    if checkpoint_files.latest(run_dir / "checkpoints") is None:  # else they are not opened, and may be gone
+        start.check()
     _check_data(config)
     if int(os.environ.get("RANK", "0")) == 0:
         if not gpus and config.precision.compute == "bf16" and not doctor.multiplies_bf16():
@@ -127,10 +128,11 @@ def _with_valid(config: Config) -> Config:
         beside = Path(config.data.path).parent / "valid"  # of a remote dataset it is not there: valid.path names it
         if (beside / "manifest.json").is_file() and beside != Path(config.data.path):
             return dataclasses.replace(config, valid=dataclasses.replace(config.valid, path=str(beside)))
-    if config.valid.path is None and config.valid.every and config.data.path is not None:
+    if config.valid.path is None and config.valid.every and (config.data.path is not None or config.data.blend):
+        where = Path(config.data.path).parent / "valid" if config.data.path else None  # a blend has none
+        beside_it = f" and there is no packed dataset at {where}" if where else ""
         raise InputError(
-            f"valid.every={config.valid.every}, but valid.path is not set and there is no packed dataset at "
-            f"{Path(config.data.path).parent / 'valid'}; set valid.path, or valid.every=0"
+            f"valid.every={config.valid.every}, but valid.path is not set{beside_it}; set valid.path, or valid.every=0"
         )
     return config
 

@@ -109,6 +109,22 @@ def test_data_and_history_go_on(workers: Workers, sources: dict[str, Path], data
     assert third["state"].earlier == {str(data): max(ROWS.values())}
 
 
+@pytest.mark.parametrize("zero1", [True, False])
+def test_a_master_of_another_run_gives_way_to_the_weight(
+    workers: Workers, sources: dict[str, Path], data: Path, tmp_path: Path, zero1: bool
+) -> None:
+    config = ranks.config_of("text", "bf16", zero1=zero1)
+    other = replace(config, train=replace(config.train, seed=11))
+    weights_only = workers.run(1, ranks.save_new, other, tmp_path / "other", 2, data, 0, False)[0]
+    found = workers.run(1, ranks.take_over, config, [sources["text bf16"], weights_only], data, tmp_path / "out")[0]
+    got, last, first = (tensors_of(path, tmp_path) for path in (found["path"], weights_only, sources["text bf16"]))
+    for key, value in got.items():
+        if key.startswith("optimizer.state.param."):
+            assert value.to(torch.bfloat16).equal(last[weight_of(key)].to(torch.bfloat16)), key
+        else:
+            assert value.equal((first if key.startswith("optimizer.") else last)[key]), key
+
+
 def test_the_last_named_wins_and_what_fits_nothing_is_refused(
     workers: Workers, sources: dict[str, Path], data: Path, tmp_path: Path
 ) -> None:

@@ -34,7 +34,7 @@ def write(out: Path, result: dict[str, Any], answers: Sequence[Answer] = ()) -> 
 
 def answers_of(out: Path) -> Path:
     """The file of answers that belongs to a file of figures."""
-    return out.with_suffix(ANSWERS)
+    return out.with_name(out.name.removesuffix(".json") + ANSWERS)
 
 
 def board(run_dir: Path, result: dict[str, Any], answers: Sequence[Answer] = ()) -> None:

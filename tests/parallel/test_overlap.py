@@ -50,8 +50,9 @@ def test_overlap_gives_the_same_steps_bitwise(ep: int, gather: bool, workers: Wo
             assert mine[:3] == theirs[:3] and (mine[3] == theirs[3]).all(), mine[0]
 
 
-def test_no_weight_is_read_before_it_is_gathered(workers: Workers) -> None:
+@pytest.mark.parametrize("model", ["base", "vlm"])
+def test_no_weight_is_read_before_it_is_gathered(workers: Workers, model: str) -> None:
     """With buckets of one weight each, as a large head or a layer's experts have: no other module waits for them."""
     overlap = Parallel(overlap_grad_reduce=True, overlap_param_gather=True)
-    config = replace(fixture.config("base"), parallel=overlap)
-    assert workers.run(1, gloo_ranks.not_gathered, config, fixture.batches("base", fixture.ROWS // 4)[0]) == [[]]
+    config = replace(fixture.config(model), parallel=overlap)
+    assert workers.run(1, gloo_ranks.not_gathered, config, fixture.batches(model, fixture.ROWS // 4)[0]) == [[]]
