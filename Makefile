@@ -1,4 +1,4 @@
-# make demo: train a small model here, from nothing, in under ten minutes; make demo-vlm: one that sees, in twenty. make test:
+# make demo: train a small model here, from nothing, in under ten minutes; make demo-vlm: one that sees. make test:
 # everything that a change must pass. make bench: how fast it is beside others.
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -16,7 +16,7 @@ export PYTHONSAFEPATH := 1
 
 help:
 	@echo "make demo      install, then make a tokenizer and shards, train, stop, resume and validate a small model"
-	@echo "make demo-vlm  install, then the stages of a small vision-language model on letters that it draws: twenty minutes"
+	@echo "make demo-vlm  install, then the stages of a small vision-language model on letters that it draws"
 	@echo "make test      install (chromium and Slurm too, as root on Debian), then lint, types, import layers and tests (no GPU)"
 	@echo "make bench     install, then every measurement beside its rivals: one table, and bench.json (best on a quiet machine)"
 	@echo "make install   .venv with Perilune (editable) and what its tests need; PYTHON=python3.12 chooses the interpreter"

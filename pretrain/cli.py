@@ -465,7 +465,7 @@ def parity(ctx: click.Context, max_procs: int, model: str | None, out: Path, onl
 
 
 @main.command(short_help="All of it once, small.")
-@click.option("--vlm", is_flag=True, help="A vision-language model, stage after stage, on glyphs: twenty minutes.")
+@click.option("--vlm", is_flag=True, help="A vision-language model, stage after stage, on glyphs.")
 @click.option(
     "--run",
     "run_dir",

@@ -13,6 +13,19 @@ _SEQ_LEN = 256
 _ROWS = 4
 _STEPS = {"text": 150, "vit": 3600, "align": 200, "joint": 1000, "cooldown": 20, "long": 20}
 
+_TOWER = Vision(
+    num_layers=4,
+    hidden_size=96,
+    num_attention_heads=4,
+    intermediate_size=384,
+    pos_emb_height=6,
+    pos_emb_width=6,
+    init_std=0.1,  # about 1 / sqrt(hidden_size): with 0.02 it learned nothing from 60,000 images
+)
+_COMPARING = Contrastive(
+    loss="siglip", feature_dim=96, num_layers=2, hidden_size=96, num_attention_heads=4, intermediate_size=192
+)
+
 
 def demo_vlm(stage: str = "joint") -> Config:
     """The stages of `kimi_vl_a3b` in small.
@@ -51,15 +64,7 @@ def demo_vlm(stage: str = "joint") -> Config:
         preset="demo_vlm",
         stage=stage,
         model=model,
-        vision=Vision(
-            num_layers=4,
-            hidden_size=96,
-            num_attention_heads=4,
-            intermediate_size=384,
-            pos_emb_height=6,
-            pos_emb_width=6,
-            init_std=0.1,  # about 1 / sqrt(hidden_size): with 0.02 it learned nothing from 60,000 images
-        ),
+        vision=_TOWER,
         train=Train(steps=steps, global_batch_size=_ROWS, micro_batch_size=_ROWS // 2, log_every=50),
         valid=Valid(every=steps, steps=0),
         data=Data(seq_len=_SEQ_LEN),
@@ -75,14 +80,7 @@ def demo_vlm(stage: str = "joint") -> Config:
             return replace(
                 whole,
                 model=_caption_decoder(model),
-                contrastive=Contrastive(
-                    loss="siglip",
-                    feature_dim=96,
-                    num_layers=2,
-                    hidden_size=96,
-                    num_attention_heads=4,
-                    intermediate_size=192,
-                ),
+                contrastive=_COMPARING,
             )
         case "align":
             return replace(whole, train=replace(whole.train, freeze=("language_model",)))
