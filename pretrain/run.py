@@ -107,8 +107,10 @@ def run(config: Config, run_dir: Path, world: int, *, start: Start = Start(), pr
                 saver.save(step, net, optim, at)
             if result.stop and step < plan.total_steps:
                 saver.finish()
+                stop.over()
                 raise Preempted(f"stopped on request after step {step} of {plan.total_steps}, checkpoint written")
         saver.finish()
+        stop.over()
     meshes.stop()
 
 

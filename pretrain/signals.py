@@ -13,6 +13,15 @@ class Stop:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._ask)
 
+    def over(self) -> None:
+        """Everything is written: from now on there is nothing to stop.
+
+        Python's own end puts the system's handlers back, and a signal in that second would make a run that has done all
+        it was asked look like one that was killed.
+        """
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+
     def _ask(self, number: int, frame: object) -> None:
         del number, frame
         self.asked = True

@@ -11,9 +11,10 @@ TIMED = {"tokens_per_s", "mfu", "data_wait_s", "memory"}  # the only figures tha
 
 
 def train(packed: Path, *more: str, steps: int = STEPS, save_every: int = 3) -> list[str]:
-    """Words for `perilune`; two data-parallel ranks or one."""
+    """Words for `perilune`; two data-parallel ranks or one. More `steps` begin with the very same ones."""
     return ["train", "tiny", f"data.path={packed}", f"train.steps={steps}", f"train.save_every={save_every}",
-            "parallel.ep=1", "valid.every=0", *more]  # fmt: skip
+            "parallel.ep=1", "valid.every=0", "schedule.lr=constant", "schedule.bias_freeze_ratio=1",
+            "schedule.mtp_switch_ratio=1", *more]  # fmt: skip
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
