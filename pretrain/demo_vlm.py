@@ -22,9 +22,9 @@ def main(run_dir: Path) -> int:
     glyphs, stdlib = f"demo:glyphs:documents={_DOCUMENTS}", "demo:stdlib"
     tokenizer, images, text = home / "tokenizer", home / "glyphs", home / "stdlib"
     began = time.monotonic()
-    size = str(config.model.vocab_size)
+    size, some = str(config.model.vocab_size), "demo:glyphs:documents=4000"  # enough for the words of all captions
     runs = {stage: home / stage for stage in ("text", "vit", "align", "joint")}
-    commands = [["tokenizer", "train", "--out", str(tokenizer), "--vocab-size", size, glyphs, stdlib]]
+    commands = [["tokenizer", "train", "--out", str(tokenizer), "--vocab-size", size, some, stdlib]]
     for out, source in ((images, glyphs), (text, stdlib)):
         commands.append(["pack", "--out", str(out), "--tokenizer", str(tokenizer), "--seq-len", seq_len, source])
     after = {"text": [], "vit": [], "align": ["vit", "text"], "joint": ["text", "align"]}

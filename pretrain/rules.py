@@ -121,6 +121,7 @@ def _batch(config: Config) -> list[str]:
     o, s = config.optim, config.schedule
     ranges = {
         "optim.lr": (o.lr, 0, 1e3),
+        "data.caption_noise": (config.data.caption_noise, 0, 1),
         "optim.beta1": (o.beta1, 0, 1),
         "optim.beta2": (o.beta2, 0, 1),
         "optim.eps": (o.eps, 0, 1),

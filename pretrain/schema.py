@@ -127,6 +127,7 @@ class Data:
     blend: dict[str, float | dict[int, float]] = field(default_factory=dict)  # several: dataset -> weight
     seq_len: int = 256  # tokens a row; equals the packed dataset's
     document_mask: bool = True  # RoPE, attention and MTP stop at document boundaries
+    caption_noise: float = 0.0  # part of the texts beside images that is misread (`data/caption_noise.py`): 0 to 1
     on_damage: Literal["stop", "quarantine"] = "stop"  # quarantine: the next whole row of the dataset takes its place
     quarantine_limit: int = 16  # rows replaced in a run; one more stops it
     workers: int = 1  # processes that read ahead, each a global batch; 0: read in the training process

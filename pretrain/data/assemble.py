@@ -37,6 +37,7 @@ def assemble(
     document_mask: bool,
     sample_ids: Sequence[str] = (),
     patches: Sequence[np.ndarray] = (),
+    read: Sequence[np.ndarray] = (),
 ) -> Arrays:
     """`rows` (of equal length) end to end, for MTP depth D = `depth` >= 0.
 
@@ -45,7 +46,8 @@ def assemble(
     where the row's own loss mask allows that token. Images keep their encoded bytes; their places become those in [T].
 
     `patches` holds uint8 [P, 3, 14, 14] of each image of the rows, one after another; none where no tower reads them,
-    and then the batch has no grids and places of merged features either.
+    and then the batch has no grids and places of merged features either. `read` holds the tokens of each row as the
+    model is to read them, if not as they are.
     """
     seq_len = rows[0].tokens.size
     tokens = np.concatenate([row.tokens for row in rows]).astype(np.int64)  # [T]
@@ -60,12 +62,13 @@ def assemble(
     positions = place - np.repeat(starts, lengths)
     left = np.repeat(bounds[1:], lengths) - place  # tokens of the segment from here to its end, this one included
 
+    inputs_T = np.concatenate(read).astype(np.int64) if read else tokens
     inputs = np.zeros((depth + 1, tokens.size), np.int64)
     labels = np.zeros_like(inputs)
     loss_mask = np.zeros(inputs.shape, np.float32)
     for k in range(depth + 1):
         ahead = k + 1
-        inputs[k, : max(0, tokens.size - k)] = tokens[k:]
+        inputs[k, : max(0, tokens.size - k)] = inputs_T[k:]
         inputs[k] *= left > k
         labels[k, : max(0, tokens.size - ahead)] = tokens[ahead:]
         labels[k] *= left > ahead

@@ -6,6 +6,9 @@
 One document in VALID_EVERY is held out. Training documents are pairs (image, caption) and, one in INTERLEAVED_EVERY,
 two or three such pairs in one document. A character's caption is its Unicode name, a word's is `The word "moon".`
 
+Every letter stands with every mark, if Unicode has a character for the two or not: one without is drawn from its parts,
+and named as Unicode names the others, by letter and mark.
+
 Held out by *combination*: a letter with a diacritic is its base letter, whichever case, and its combining mark (NFD).
 Some of these pairs stand in no training document, in neither case and in no word, while their letter and their mark
 each do with others; held-out documents show these alone. Whoever names them has put together what was never seen
@@ -28,7 +31,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +43,14 @@ from perilune.pretrain.errors import InputError
 
 GLYPHS = "demo:glyphs"
 DOCUMENTS = 20_000
-MIN_DOCUMENTS = 1_000  # every character is dealt at least once
+MIN_DOCUMENTS = 2_000  # every character is dealt at least once
 VALID_EVERY = 20
 INTERLEAVED_EVERY = 6
 WORD_EVERY = 6
 HELD_OUT_PART = 0.2  # of the combinations
 KEPT_PARTNERS = 2  # combinations of each base and each mark that training keeps at least
 
-SIDES = (28, 84)  # pixels: 1 to 9 tokens of 28 x 28
+SIDES = (42, 84)  # pixels: 4 to 9 tokens of 28 x 28
 WORD_WIDTH = 16  # pixels a letter, at least
 MARGIN = 2  # pixels of paper on each side
 FILL = (0.75, 1.0)  # of the largest size that fits
@@ -72,6 +75,8 @@ MARKS = (
     "\N{COMBINING HOOK ABOVE}\N{COMBINING DOT ABOVE}\N{COMBINING DOT BELOW}\N{COMBINING MACRON BELOW}"
     "\N{COMBINING CIRCUMFLEX ACCENT BELOW}\N{COMBINING OGONEK}"
 )
+_ABOVE, _BELOW = 230, 220  # combining classes (Unicode 4.3)
+_GAP = 12  # of a font's size: between a letter and a mark that it is set with
 UNLIKE_THEIR_NAME = "Ľďť"  # fonts draw these carons as apostrophes
 WORDS = tuple(
     """moon sun star orbit comet earth mars night day sky light dark lamp fire ice snow rain wind cloud storm tree leaf
@@ -90,7 +95,7 @@ WORDS = tuple(
 class Picture:
     """What is drawn, before it is."""
 
-    text: str
+    text: str  # NFC; a letter and a mark that have no character of their own are two
     caption: str
     font: str  # one of FONTS
     width: int  # pixels
@@ -177,15 +182,32 @@ def held_out(spec: str = GLYPHS) -> Iterator[HeldOut]:
 def classes() -> list[str]:
     """The names of all characters that are drawn, held-out ones included, in one fixed order: for zero-shot
     classification. A class's name is the caption of its images."""
-    return [unicodedata.name(character) for character in characters()]
+    return [name_of(character) for character in characters()]
+
+
+def name_of(character: str) -> str:
+    """Its Unicode name, or what Unicode would call a letter with a mark that has no character of its own."""
+    if len(character) == 1:
+        return unicodedata.name(character)
+    letter, mark = character
+    return f"{unicodedata.name(letter)} WITH {_mark_names()[mark]}"
+
+
+@cache
+def _mark_names() -> dict[str, str]:
+    """What stands after WITH in the names of letters with each of MARKS: not always the mark's own name."""
+    found = {}
+    for mark in MARKS:
+        composed = (unicodedata.normalize("NFC", letter + mark) for letter in LETTERS)
+        found[mark] = next(unicodedata.name(c).partition(" WITH ")[2] for c in composed if len(c) == 1)
+    return found
 
 
 @cache
 def characters() -> tuple[str, ...]:
     """All characters that are drawn alone, in the order of their code points."""
-    composed = (unicodedata.normalize("NFC", letter + mark) for letter in LETTERS for mark in MARKS)
-    found = {c for c in composed if len(c) == 1 and c not in UNLIKE_THEIR_NAME}
-    return tuple(sorted(found | set(LETTERS + OTHERS)))
+    composed = {unicodedata.normalize("NFC", letter + mark) for letter in LETTERS for mark in MARKS}
+    return tuple(sorted((composed - set(UNLIKE_THEIR_NAME)) | set(LETTERS + OTHERS)))
 
 
 def combination(character: str) -> tuple[str, str] | None:
@@ -211,8 +233,9 @@ def held_out_combinations() -> frozenset[tuple[str, str]]:
 
 
 def is_held_out(text: str) -> bool:
-    """Whether a character of `text` is a held-out combination."""
-    return any(combination(c) in held_out_combinations() for c in unicodedata.normalize("NFC", text))
+    """Whether a letter of `text` with its mark is a held-out combination."""
+    parts = unicodedata.normalize("NFD", text)
+    return any((base.lower(), mark) in held_out_combinations() for base, mark in pairwise(parts))
 
 
 def draw(picture: Picture) -> bytes:
@@ -222,11 +245,13 @@ def draw(picture: Picture) -> bytes:
     room = picture.width - 2 * MARGIN, picture.height - 2 * MARGIN
     size = _largest(picture.text, picture.font, room) * picture.fill
     font = _font(picture.font, max(1, int(size)))
-    left, top, right, bottom = font.getbbox(picture.text)
+    strokes = _strokes(picture.text, font)
+    left, top, right, bottom = _box(strokes, font)
     x = MARGIN + picture.across * max(0, room[0] - (right - left)) - left
     y = MARGIN + picture.down * max(0, room[1] - (bottom - top)) - top
     image = Image.new("L", (picture.width, picture.height))
-    ImageDraw.Draw(image).text((int(x), int(y)), picture.text, 255, font)
+    for text, dx, dy in strokes:
+        ImageDraw.Draw(image).text((int(x) + dx, int(y) + dy), text, 255, font)
     return _png((np.asarray(image, np.uint16) * (LEVELS - 1) + 127) // 255, picture.paper, picture.ink)
 
 
@@ -254,7 +279,7 @@ def _plans(file: SourceFile) -> Iterator[list[Picture | str]]:
                 pictures.append(_picture(draws, text, f'The word "{text}".'))
             else:
                 text = next(cards)
-                pictures.append(_picture(draws, text, unicodedata.name(text)))
+                pictures.append(_picture(draws, text, name_of(text)))
         parts: list[Picture | str] = []
         for picture in pictures:
             parts += [picture, picture.caption if picture is pictures[-1] else picture.caption + "\n"]
@@ -329,12 +354,53 @@ def _font(name: str, size: int) -> Any:
     return ImageFont.truetype(_fonts()[name][0], size, layout_engine=ImageFont.Layout.BASIC)
 
 
+def _strokes(text: str, font: Any) -> list[tuple[str, int, int]]:
+    """What is drawn for `text`: strings with their places, in pixels right and down of the text's own.
+
+    A mark without a character of its own is set in the middle above or below its letter, an ogonek at the right end of
+    its foot: as fonts draw the others. Layout engines would do it too, each in its way.
+    """
+    if len(text) != 2 or not (where := unicodedata.combining(text[1])):
+        return [(text, 0, 0)]
+    letter, mark = text
+    left, top, right, bottom = _ink(letter, font)
+    mark_left, mark_top, mark_right, mark_bottom = _ink(mark, font)
+    gap = font.size // _GAP
+    across = (left + right - mark_left - mark_right) // 2
+    if where == _ABOVE:
+        return [(letter, 0, 0), (mark, across, top - gap - mark_bottom)]
+    if where == _BELOW:
+        return [(letter, 0, 0), (mark, across, bottom + gap - mark_top)]
+    return [(letter, 0, 0), (mark, right - mark_right, bottom - mark_top)]  # an ogonek hangs on the letter
+
+
+def _ink(text: str, font: Any) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of the ink itself: `getbbox` reaches to the base line, which a mark does not."""
+    mask, (dx, dy) = font.getmask2(text, "L")
+    left, top, right, bottom = mask.getbbox()
+    return left + dx, top + dy, right + dx, bottom + dy
+
+
+def _box(strokes: list[tuple[str, int, int]], font: Any) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of their ink, in pixels."""
+    if len(strokes) == 1:
+        box: tuple[int, int, int, int] = font.getbbox(strokes[0][0])
+        return box
+    boxes = [(_ink(text, font), dx, dy) for text, dx, dy in strokes]
+    return (
+        min(box[0] + dx for box, dx, _ in boxes),
+        min(box[1] + dy for box, _, dy in boxes),
+        max(box[2] + dx for box, dx, _ in boxes),
+        max(box[3] + dy for box, _, dy in boxes),
+    )
+
+
 def _largest(text: str, font: str, room: tuple[int, int]) -> int:
     """The largest size of the font at which `text` fits into `room` pixels (across, down)."""
-    left, top, right, bottom = _font(font, 100).getbbox(text)
+    left, top, right, bottom = _box(_strokes(text, _font(font, 100)), _font(font, 100))
     size = max(1, int(min(room[0] / (right - left), room[1] / (bottom - top)) * 100))
     while size > 1:  # hinting rounds each letter to whole pixels
-        left, top, right, bottom = _font(font, size).getbbox(text)
+        left, top, right, bottom = _box(_strokes(text, _font(font, size)), _font(font, size))
         if right - left <= room[0] and bottom - top <= room[1]:
             break
         size -= 1

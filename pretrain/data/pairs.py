@@ -33,4 +33,4 @@ def pairs_of(batch: PackedBatch) -> Pairs:
             places.append(text)
     index_X = torch.cat(places) if places else torch.zeros(0, dtype=torch.int64)
     bounds_B = torch.tensor(list(accumulate(map(len, places), initial=0)), dtype=torch.int32)
-    return Pairs(torch.tensor(images, dtype=torch.int64), batch.inputs[0, index_X], bounds_B)
+    return Pairs(torch.tensor(images, dtype=torch.int64), batch.labels[0, index_X - 1], bounds_B)

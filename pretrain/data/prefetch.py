@@ -18,6 +18,7 @@ from multiprocessing.connection import Connection
 import numpy as np
 
 from perilune.pretrain.data.assemble import Arrays, assemble
+from perilune.pretrain.data.caption_noise import misread
 from perilune.pretrain.data.images import read_decoded
 from perilune.pretrain.data.reader import DamageError, PackedDataset
 from perilune.pretrain.data.shard import Row
@@ -36,6 +37,7 @@ class Recipe:
     document_mask: bool
     remote: Remote
     quarantine: bool  # damaged rows are reported, not raised
+    caption_noise: float = 0.0  # `caption_noise.misread`
     decode: bool = False  # images become patches: the run has a vision tower
 
 
@@ -76,7 +78,8 @@ def load(datasets: Sequence[PackedDataset], recipe: Recipe, micro_batches: Seque
                 findings.append(Finding(d, i, str(error)))
         if not findings:
             names = [f"{recipe.paths[d]}/{datasets[d].sample_id(i)}" for d, i in ids]
-            batches.append(assemble(rows, recipe.depth, recipe.document_mask, names, patches))
+            read = [misread(row, recipe.caption_noise) for row in rows]
+            batches.append(assemble(rows, recipe.depth, recipe.document_mask, names, patches, read))
     return Loaded(() if findings else tuple(batches), tuple(findings))
 
 

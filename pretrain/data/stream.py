@@ -110,7 +110,13 @@ class Stream:
         self.tokenizer_fingerprint = self.datasets[0].tokenizer_fingerprint
         self._limit, self._agree = data.quarantine_limit, agree
         self._recipe = Recipe(
-            tuple(self.paths), depth, data.document_mask, remote_of(data), data.on_damage == "quarantine", decode
+            tuple(self.paths),
+            depth,
+            data.document_mask,
+            remote_of(data),
+            data.on_damage == "quarantine",
+            data.caption_noise,
+            decode,
         )
         self._costs = []
         for dataset in self.datasets:  # without a mask all rows attend alike

@@ -52,6 +52,10 @@ def eval_command(
 
     questions = choices.read_tasks(tasks) if tasks else []
     named = pairs.read_classes(classes) if classes else []
+    no_classes = (
+        f"--classes {classes}: {source} has no part that compares images with texts (contrastive.loss), or the dataset "
+        "has no images with captions"
+    )
     if out is not None and out.exists():
         raise InputError(f"--out {out} is there already and is never written over")
     with alone():
@@ -66,6 +70,8 @@ def eval_command(
         result: dict[str, Any] = {"model": str(loaded.path), "step": loaded.step, "time": _now().isoformat()}
         if data is not None:
             sees = loaded.vision is not None and image_rule(read_manifest(data)) is not None
+            if named and not (sees and pairs.comparing(loaded)):
+                raise InputError(no_classes)
             if sees and (captions or pairs.comparing(loaded)):
                 loaded.need_text()  # before the time that the rows take
             result["validation"] = _validated(loaded, data, max_rows)
@@ -73,10 +79,7 @@ def eval_command(
                 seen, answers = _seen(loaded, data, captions, max_rows, named)
                 result |= seen
         if named and "zero_shot" not in result:
-            raise InputError(
-                f"--classes {classes}: {source} has no part that compares images with texts (contrastive.loss), or the "
-                "dataset has no images with captions"
-            )
+            raise InputError(no_classes)
         if questions:
             with _bar("questions") as progress:
                 scores = choices.choose(loaded, questions, progress)
@@ -86,7 +89,10 @@ def eval_command(
     if out is not None:
         results.write(out, result, answers)
     if loaded.run_dir is not None and loaded.vision is not None:
-        results.board(loaded.run_dir, result, answers)
+        try:
+            results.board(loaded.run_dir, result, answers)
+        except OSError as error:  # somebody else's run, perhaps: the figures themselves are there
+            print(f"perilune: not in {loaded.run_dir}'s TensorBoard: {error}", file=sys.stderr)
     if as_json:
         print(json.dumps(result, allow_nan=False))
     else:
@@ -218,15 +224,15 @@ def _seen(
         asked = captions.find(dataset, loaded.need_text().tokenizer, None if compares else limit, max_rows)
         if not asked:
             return {}, []
-        if limit:
-            with _bar("captions") as progress:
-                answers = list(captions.ask(loaded, dataset, asked[:limit], rule, results.PICTURES, progress))
-            found["captions"] = captions.figures(answers)
         if compares:
             with _bar("pairs") as progress:
                 features = pairs.features(loaded, dataset, asked, rule, progress)
             found["retrieval"] = pairs.retrieval(features)
             found["zero_shot"] = pairs.zero_shot(loaded, features, classes)
+        if limit:
+            with _bar("captions") as progress:
+                answers = list(captions.ask(loaded, dataset, asked[:limit], rule, results.PICTURES, progress))
+            found["captions"] = captions.figures(answers)
     finally:
         dataset.close()
     return found, answers

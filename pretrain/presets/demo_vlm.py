@@ -10,9 +10,10 @@ from perilune.pretrain.schema import Config, Contrastive, Data, Model, Parallel,
 STAGES = ("text", "vit", "align", "joint", "cooldown", "long")
 
 _SEQ_LEN = 256
-_ROWS = 4
-_STEPS = {"text": 150, "vit": 3600, "align": 200, "joint": 1000, "cooldown": 20, "long": 20}
+_ROWS = 8
+_STEPS = {"text": 100, "vit": 1700, "align": 100, "joint": 700, "cooldown": 20, "long": 20}
 
+_NOISE = 0.5  # without it the decoder learns from the letter that it has read which marks training shows with it
 _TOWER = Vision(
     num_layers=4,
     hidden_size=96,
@@ -67,7 +68,7 @@ def demo_vlm(stage: str = "joint") -> Config:
         vision=_TOWER,
         train=Train(steps=steps, global_batch_size=_ROWS, micro_batch_size=_ROWS // 2, log_every=50),
         valid=Valid(every=steps, steps=0),
-        data=Data(seq_len=_SEQ_LEN),
+        data=Data(seq_len=_SEQ_LEN, caption_noise=_NOISE),
         optim=replace(text.optim, lr=1.5e-3),
         schedule=Schedule(lr="cosine", warmup_tokens=steps // 10 * tokens, min_lr_ratio=0.1, bias_update_speed=1e-2),
         parallel=Parallel(),
@@ -75,7 +76,7 @@ def demo_vlm(stage: str = "joint") -> Config:
     )
     match stage:
         case "text":
-            return replace(whole, vision=Vision())
+            return replace(whole, vision=Vision(), data=Data(seq_len=_SEQ_LEN))
         case "vit":
             return replace(
                 whole,
