@@ -189,7 +189,7 @@ def name_of(character: str) -> str:
     """Its Unicode name, or what Unicode would call a letter with a mark that has no character of its own."""
     if len(character) == 1:
         return unicodedata.name(character)
-    letter, mark = character
+    letter, mark = tuple(character)
     return f"{unicodedata.name(letter)} WITH {_mark_names()[mark]}"
 
 
@@ -362,7 +362,7 @@ def _strokes(text: str, font: Any) -> list[tuple[str, int, int]]:
     """
     if len(text) != 2 or not (where := unicodedata.combining(text[1])):
         return [(text, 0, 0)]
-    letter, mark = text
+    letter, mark = tuple(text)
     left, top, right, bottom = _ink(letter, font)
     mark_left, mark_top, mark_right, mark_bottom = _ink(mark, font)
     gap = font.size // _GAP
