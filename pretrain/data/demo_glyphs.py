@@ -43,17 +43,17 @@ from perilune.pretrain.errors import InputError
 
 GLYPHS = "demo:glyphs"
 DOCUMENTS = 20_000
-MIN_DOCUMENTS = 2_000  # every character is dealt at least once
+MIN_DOCUMENTS = 1_000  # every character is dealt at least once
 VALID_EVERY = 20
 INTERLEAVED_EVERY = 6
 WORD_EVERY = 6
-HELD_OUT_PART = 0.2  # of the combinations
+HELD_OUT_PART = 0.1  # of the combinations
 KEPT_PARTNERS = 2  # combinations of each base and each mark that training keeps at least
 
-SIDES = (42, 84)  # pixels: 4 to 9 tokens of 28 x 28
+SIDES = (56, 84)  # pixels: 4 to 9 tokens of 28 x 28
 WORD_WIDTH = 16  # pixels a letter, at least
 MARGIN = 2  # pixels of paper on each side
-FILL = (0.75, 1.0)  # of the largest size that fits
+FILL = (0.85, 1.0)  # of the largest size that fits
 INK, PAPER = (0, 110), (150, 255)  # of each of red, green and blue: any dark colour on any light one
 CONTRAST = 4.5  # what WCAG 2.2 (1.4.3) asks of text
 LEVELS = 16  # from paper to ink: four bits a pixel
@@ -71,9 +71,8 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 OTHERS = "23456789" + "ΓΔΘΛΞΠΣΦΨΩαβδζθλμξφψω" + "БДЖИЦШЭЮЯ" + "!?&@#%+=→←↑↓√∞∫♠♥♦♣£€§¶"
 MARKS = (
     "\N{COMBINING GRAVE ACCENT}\N{COMBINING ACUTE ACCENT}\N{COMBINING CIRCUMFLEX ACCENT}\N{COMBINING TILDE}"
-    "\N{COMBINING DIAERESIS}\N{COMBINING MACRON}\N{COMBINING BREVE}\N{COMBINING CARON}\N{COMBINING RING ABOVE}"
-    "\N{COMBINING HOOK ABOVE}\N{COMBINING DOT ABOVE}\N{COMBINING DOT BELOW}\N{COMBINING MACRON BELOW}"
-    "\N{COMBINING CIRCUMFLEX ACCENT BELOW}\N{COMBINING OGONEK}"
+    "\N{COMBINING DIAERESIS}\N{COMBINING MACRON}\N{COMBINING CARON}\N{COMBINING RING ABOVE}\N{COMBINING DOT ABOVE}"
+    "\N{COMBINING DOT BELOW}\N{COMBINING MACRON BELOW}\N{COMBINING OGONEK}"
 )
 _ABOVE, _BELOW = 230, 220  # combining classes (Unicode 4.3)
 _GAP = 12  # of a font's size: between a letter and a mark that it is set with
@@ -86,7 +85,7 @@ WORDS = tuple(
     nose mouth heart blood bone skin red green blue black white brown grey pink one two three four five six seven ten
     north south east west up down left right café thé père mère fête rôle forêt île naïve déjà où ça señor niño año
     mañana über für grün schön hören Äpfel Öl Übung får på ål vår žena čaj šest ruža mąka ręka łódź źle być dům kůň můj
-    ősz fű
+    ősz fű però vŕba
     """.split()
 )
 

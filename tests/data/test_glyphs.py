@@ -28,10 +28,9 @@ from perilune.pretrain.data.sources import Document, describe, documents, find_f
 from perilune.pretrain.data.tokenizer import train_tokenizer
 from perilune.pretrain.errors import InputError
 
-SPEC = "demo:glyphs:documents=2000"
+SPEC = "demo:glyphs:documents=1000"
 MARKS_NAMED_OTHERWISE = {
     "LINE BELOW": "COMBINING MACRON BELOW",
-    "CIRCUMFLEX BELOW": "COMBINING CIRCUMFLEX ACCENT BELOW",
 }
 
 
@@ -89,7 +88,7 @@ def test_no_held_out_combination_stands_in_training(train: list[Document], valid
     assert seen and unseen and not seen & unseen
     assert {base for base, _ in unseen} <= {base for base, _ in seen}
     assert {mark for _, mark in unseen} <= {mark for _, mark in seen}
-    assert 0.15 < len(unseen) / len(seen | unseen) < 0.25
+    assert 0.08 < len(unseen) / len(seen | unseen) < 0.12
     assert all(len(pairs(document)) == 1 for document in valid)
     words = {drawn(caption) for document in train for _, caption in pairs(document) if caption.startswith("The word")}
     left_out = {word for word in demo_glyphs.WORDS if taken_apart(word) & unseen}
@@ -109,14 +108,14 @@ def test_every_character_is_seen(train: list[Document]) -> None:
 
 
 def test_the_rule_of_what_is_held_out() -> None:
-    """As it is told: in the order of SHA-256, a fifth, letters and marks keeping two others each."""
+    """As it is told: in the order of SHA-256, a tenth, letters and marks keeping two others each."""
     every = {pair for name in classes() for pair in taken_apart(named(name))}
     order = sorted(every, key=lambda pair: hashlib.sha256("".join(pair).encode()).hexdigest())
     out: list[tuple[str, str]] = []
     for base, mark in order:
         rest = every - set(out) - {(base, mark)}
         enough = sum(b == base for b, _ in rest) >= 2 and sum(m == mark for _, m in rest) >= 2
-        if enough and len(out) < 0.2 * len(every):
+        if enough and len(out) < 0.1 * len(every):
             out.append((base, mark))
     assert demo_glyphs.held_out_combinations() == set(out)
 
@@ -127,7 +126,7 @@ def test_evaluation_sees_what_is_packed(valid: list[Document]) -> None:
     for one in ones:
         assert one.character == named(one.caption) and {one.combination} == taken_apart(one.character)
         assert one.caption in classes() and one.combination in demo_glyphs.held_out_combinations()
-    assert len(set(classes())) == len(classes()) > 400
+    assert len(set(classes())) == len(classes()) > 300
 
 
 def test_fonts_have_what_they_draw() -> None:
@@ -153,7 +152,7 @@ def test_pictures_are_sound(train: list[Document]) -> None:
             paper, *_, ink = np.array(image.getpalette("RGB")).reshape(-1, 3)[:16].tolist()
             levels = np.asarray(image)
             width, height = image.size
-        assert 42 <= width <= 84 and 42 <= height <= 84
+        assert 56 <= width <= 84 and 56 <= height <= 84
         down, across = np.nonzero(levels)
         box = down.min(), height - 1 - down.max(), across.min(), width - 1 - across.max()
         assert min(box) >= 1 and levels.max() >= 12, "whole and visible"
@@ -163,7 +162,7 @@ def test_pictures_are_sound(train: list[Document]) -> None:
         sides.add((width, height))
         colours.add(tuple(ink))
         corners.add((box[0] > box[1], box[2] > box[3]))
-    assert len(sides) > 250 and len(colours) > 250 and len(corners) == 4
+    assert len(sides) > 200 and len(colours) > 250 and len(corners) == 4
 
 
 def test_contrast_of_published_examples() -> None:
@@ -209,8 +208,8 @@ def test_the_same_name_gives_the_same_bytes(train: list[Document]) -> None:
     assert isinstance(parts[0], bytes) and hashlib.sha256(b"".join(parts)).hexdigest() == other.stdout.strip()
     files = find_files([SPEC])
     assert describe(files[0])["bytes"] == sum(map(len, parts))
-    placed = list(read_placed(files, "train", 0.0, (0, 1880)))
-    assert [d for _, _, d in placed] == train[1880:] and placed[0][1] == 1881
+    placed = list(read_placed(files, "train", 0.0, (0, 940)))
+    assert [d for _, _, d in placed] == train[940:] and placed[0][1] == 941
 
 
 def test_the_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,8 +221,8 @@ def test_the_name(monkeypatch: pytest.MonkeyPatch) -> None:
     for spec in ("demo:glyphs?documents=5", "demo:glyphs:documents=-1", "demo:glyphs:seed=1", "demo:glyphs2"):
         with pytest.raises(InputError, match="write demo:glyphs or demo:glyphs:documents=N"):
             find_files([spec])
-    with pytest.raises(InputError, match="1999 documents; ask for 2000 or more"):
-        find_files(["demo:glyphs:documents=1999"])
+    with pytest.raises(InputError, match="999 documents; ask for 1000 or more"):
+        find_files(["demo:glyphs:documents=999"])
     demo_glyphs._fonts.cache_clear()
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(InputError, match=r"pip install 'perilune\[glyphs\]'"):
@@ -235,7 +234,7 @@ def test_packed_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[st
     tokenizer = train_tokenizer([SPEC], tmp_path / "tok", 700)
     for workers in (1, 2):
         done = pack([SPEC], tmp_path / f"{workers}", tokenizer, 256, rows_per_shard=40, workers=workers)
-        assert set(done) == {"train", "valid"} and done["valid"]["documents"] == 100
+        assert set(done) == {"train", "valid"} and done["valid"]["documents"] == 50
     one, two = (
         {p.relative_to(r): p.read_bytes() for p in r.rglob("*") if p.is_file()}
         for r in (tmp_path / "1", tmp_path / "2")
