@@ -22,6 +22,7 @@ setup(
         "perilune.pretrain.report": ["*.html", "*.css", "*.js"],
         "perilune.pretrain.parity": ["*.html"],
         "perilune.pretrain.data": ["*.html"],
+        "perilune.pretrain.scaling": ["*.html"],
         "perilune.launch": ["*.j2"],
     },
     install_requires=[
@@ -51,8 +52,10 @@ setup(
         "glyphs": ["matplotlib"],  # its fonts, for `demo:glyphs`
         # Transformer Engine: install all of it or none; the core wheel alone breaks `import megatron.core`.
         "gpu": ["transformer-engine[pytorch,core_cu13]==2.17.1", "flash-attn-4>=4.0.0b36"],
+        "scaling": ["scipy", "matplotlib"],  # `perilune fit`
         "dev": [
             "matplotlib",
+            "scipy",
             "transformers>=5.23,<6",
             "pytest>=8",
             "pytest-timeout",

@@ -1,0 +1,88 @@
+"""`perilune fit`: trials in CSV files into laws, pictures and a page."""
+
+from __future__ import annotations
+
+import base64
+import importlib.util
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.progress import Progress as Bar
+
+from perilune.pretrain.errors import InputError
+
+if TYPE_CHECKING:
+    from perilune.pretrain.scaling.fit import Fit
+
+
+def fit_command(paths: Sequence[Path], out: Path, *, mixed: bool = False, seed: int = 0, as_json: bool = False) -> int:
+    """Fit the trials of `paths` (CSV files, or folders with a trials.csv) and write `out`; returns the exit code.
+
+    Raises InputError for trials that cannot be read, put together or fitted, and if `out` has a fit already.
+    """
+    missing = [name for name in ("scipy", "matplotlib") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InputError(f"perilune fit needs {' and '.join(missing)}: pip install 'perilune[scaling]'")
+    from perilune.pretrain.scaling import pictures
+    from perilune.pretrain.scaling.fit import fit
+    from perilune.pretrain.scaling.trials import read_csv
+
+    file = out / "fit.json"
+    if file.exists():
+        raise InputError(f"{file} is there already and is never written over; name another folder with --out")
+    trials = read_csv([path / "trials.csv" if path.is_dir() else path for path in paths], mixed)
+    with Bar(transient=True, disable=as_json) as bar:
+        task = bar.add_task("refits")
+        found = fit(trials, seed=seed, progress=lambda done, of: bar.update(task, completed=done, total=of))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        drawn = pictures.draw(found, out)
+        (out / "fit.html").write_text(_page(found, drawn), encoding="utf-8")
+        text = json.dumps(found.to_dict(), indent=1, allow_nan=False) + "\n"
+        part = file.with_suffix(".part")
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, file)  # last: where it is, all of it is
+    except OSError as error:
+        raise InputError(f"--out {out} cannot be written: {error}") from error
+    if as_json:
+        print(text, end="")
+        return 0
+    for warning in (*found.warnings, *(f"outlier: {one}" for one in found.outliers)):
+        print(f"warning: {warning}")
+    width = max(len(name) for name, *_ in _constants(found))
+    for name, value, low, high in _constants(found):
+        print(f"{name:{width}}  {value:>11}  [{low}, {high}]")
+    print(f"{len(found.trials)} trials: {file}, and with pictures {out / 'fit.html'}")
+    return 0
+
+
+def _constants(fit: Fit) -> Iterator[tuple[str, str, str, str]]:
+    """(name, value, low, high) of every constant, to be read."""
+    every = dict(fit.parametric)
+    for name, law in fit.laws.items():
+        every |= {f"{name}: k": law.k, f"{name}: exponent of C": law.exponent}
+    for name, constant in every.items():
+        yield name, f"{constant.value:.4g}", f"{constant.low:.4g}", f"{constant.high:.4g}"
+
+
+def _page(fit: Fit, drawn: Sequence[tuple[str, Path]]) -> str:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    from perilune.pretrain.scaling.pictures import SIZES
+
+    templates = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    computes = [trial.compute for trial in fit.trials]
+    return templates.get_template("fit.html").render(
+        trials=len(fit.trials),
+        least=f"{min(computes):.3g}",
+        most=f"{max(computes):.3g}",
+        sizes=SIZES[fit.per],
+        warnings=[*fit.warnings, *(f"outlier: {one}" for one in fit.outliers)],
+        constants=list(_constants(fit)),
+        pictures=[(what, base64.b64encode(file.read_bytes()).decode()) for what, file in drawn],
+    )

@@ -1,0 +1,103 @@
+"""A fit drawn: PNG files, which the page shows too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from perilune.pretrain.scaling import parametric
+from perilune.pretrain.scaling.fit import Fit, Law
+from perilune.pretrain.scaling.trials import tuned
+
+SIZES = {"params": "parameters", "flops_per_token": "FLOPs a token"}
+_BEYOND = 10.0  # laws are drawn so far past the largest compute, dashed
+
+
+def draw(fit: Fit, folder: Path) -> list[tuple[str, Path]]:
+    """(what it shows, file) of each picture that the fit has something for."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    found: list[tuple[str, Path]] = []
+
+    def keep(what: str, name: str) -> None:
+        file = folder / f"{name}.png"
+        plt.tight_layout()
+        plt.savefig(file, dpi=120)
+        plt.close()
+        found.append((what, file))
+
+    if fit.bests:
+        _profiles(fit, plt)
+        keep("Loss over size at each budget of compute, with its parabola and minimum", "isoflop")
+    computes = np.array([best.profile.compute for best in fit.bests if best.profile.inside])
+    if "m_opt" in fit.laws:
+        sizes = np.array([best.size.value for best in fit.bests if best.profile.inside])
+        tokens = computes / sizes / (6 if fit.per == "params" else 1)
+        _, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2))
+        _law(left, fit.laws["m_opt"], computes, sizes, f"best size, {SIZES[fit.per]}")
+        _law(right, fit.laws["d_opt"], computes, tokens, "best tokens")
+        keep("Best size and tokens over compute", "best")
+    if "loss" in fit.laws:
+        _, axes = plt.subplots(figsize=(6, 4.2))
+        _law(
+            axes, fit.laws["loss"], computes, np.array([b.profile.least for b in fit.bests if b.profile.inside]), "loss"
+        )
+        keep("Loss at the best size over compute", "loss")
+    if fit.parametric:
+        _seen(fit, plt)
+        keep("Every trial's loss beside what E + A/N^alpha + B/D^beta says", "parametric")
+    for name, value, what in (("lr_opt", "lr", "learning rate"), ("batch_opt", "batch_tokens", "tokens a batch")):
+        if name in fit.laws:
+            tried = [(t.compute, getattr(t, value)) for t in fit.trials if getattr(t, value) is not None]
+            _, axes = plt.subplots(figsize=(6, 4.2))
+            _law(axes, fit.laws[name], np.array([c for c, _ in tried]), np.array([v for _, v in tried]), what)
+            keep(f"The best {what} over compute; grey points are all that was tried", name)
+    return found
+
+
+def _profiles(fit: Fit, plt: Any) -> None:
+    _, axes = plt.subplots(figsize=(7.5, 5))
+    colours = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(fit.bests)))
+    for best, colour in zip(fit.bests, colours, strict=True):
+        profile = best.profile
+        low, high = min(profile.log_size_n.min(), profile.log_best), max(profile.log_size_n.max(), profile.log_best)
+        line = np.linspace(low, high, 100)
+        axes.plot(np.exp(line), np.polyval(profile.curve, line - profile.middle), color=colour, lw=1)
+        axes.plot(np.exp(profile.log_size_n), profile.loss_n, "o", ms=4, color=colour, label=f"{profile.compute:.2g}")
+        axes.plot(best.size.value, profile.least, "*", ms=13, color=colour, mec="black", mew=0.5)
+    axes.set(xscale="log", xlabel=SIZES[fit.per], ylabel="loss")
+    axes.legend(title="FLOPs", fontsize=8)
+    axes.grid(alpha=0.3)
+
+
+def _law(axes: Any, law: Law, computes: np.ndarray, values: np.ndarray, what: str) -> None:
+    seen = np.geomspace(computes.min(), computes.max(), 50)
+    beyond = np.geomspace(computes.max(), _BEYOND * computes.max(), 50)
+    axes.plot(computes, values, "o", ms=4, color="grey")
+    axes.plot(seen, [law(c) for c in seen], color="C0")
+    axes.plot(beyond, [law(c) for c in beyond], "--", color="C0", label="beyond what was measured")
+    exponent = law.exponent
+    axes.set_title(f"{law.k.value:.4g} C^{exponent.value:.4f}   [{exponent.low:.4f}, {exponent.high:.4f}]", fontsize=9)
+    axes.set(xscale="log", yscale="log", xlabel="C, FLOPs", ylabel=what)
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3, which="both")
+
+
+def _seen(fit: Fit, plt: Any) -> None:
+    theta = np.array([fit.parametric[name].value for name in parametric.NAMES])
+    trials = tuned(fit.trials)
+    seen = np.array([trial.loss for trial in trials])
+    said = parametric.loss(
+        theta, np.array([trial.size for trial in trials]), np.array([trial.tokens for trial in trials])
+    )
+    _, axes = plt.subplots(figsize=(6, 4.2))
+    dots = axes.scatter(seen, 100 * (said / seen - 1), c=np.log10([trial.compute for trial in trials]), s=16)
+    axes.axhline(0, color="black", lw=0.7)
+    axes.set(xlabel="loss of the trial", ylabel="what the law says, % more")
+    plt.colorbar(dots, label="log10 FLOPs")
+    axes.grid(alpha=0.3)

@@ -1,0 +1,169 @@
+"""What a sweep has found, one line a training run; and what cannot be put together in one fit."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+from perilune.pretrain.errors import InputError
+
+_NUMBERS = ("params", "flops_per_token", "tokens", "loss", "lr", "batch_tokens")
+_ALIKE = ("tokenizer", "data")  # a loss is comparable only where these are equal
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A training run that has ended."""
+
+    name: str  # where it stands: FILE:LINE
+    size: float  # `per`: parameters, or FLOPs a token
+    per: str  # params or flops_per_token
+    tokens: float
+    loss: float  # nats a token, or bits a byte: all of one kind
+    lr: float | None = None
+    batch_tokens: float | None = None
+
+    @property
+    def compute(self) -> float:
+        """Training FLOPs: 6 N D of parameters (arXiv 2001.08361), M D of FLOPs a token (arXiv 2401.02954)."""
+        return self.size * self.tokens * (6 if self.per == "params" else 1)
+
+
+@dataclass(frozen=True)
+class Trials:
+    """Those that can be fitted, and what was left out."""
+
+    all: tuple[Trial, ...]
+    warnings: tuple[str, ...] = ()
+
+
+def read_csv(paths: Sequence[Path], mixed: bool = False) -> Trials:
+    """The trials of files whose first line names their columns: `params` or `flops_per_token`, `tokens`, `loss`, and if
+    they are there `lr`, `batch_tokens`, `tokenizer`, `data`; others are not read.
+
+    A loss that is not finite, or as high as a model's that has learned nothing beside the others, is left out with a
+    warning. Raises InputError for a file that cannot be read, a column that is missing, a value that is no positive
+    number, the same trial twice, sizes of two kinds, and unless `mixed`, tokenizers or data of two kinds.
+    """
+    trials: list[Trial] = []
+    alike: dict[str, dict[str, str]] = {name: {} for name in _ALIKE}  # value -> where it stands first
+    warnings: list[str] = []
+    for path in paths:
+        for name, row in _rows(path):
+            trial = _trial(name, row)
+            if trial is None:
+                warnings.append(f"{name}: loss {row['loss']!r} is not finite: left out")
+                continue
+            trials.append(trial)
+            for column in _ALIKE:
+                if row.get(column):
+                    alike[column].setdefault(row[column].strip(), name)
+    for column, values in alike.items():
+        if len(values) > 1 and not mixed:
+            told = ", ".join(f"{value!r} ({where})" for value, where in list(values.items())[:4])
+            raise InputError(
+                f"column {column}: {told}: losses of different {column}s cannot be compared; fit one kind at a time, "
+                "or say --mixed if they are the same in fact"
+            )
+    kinds = {trial.per: trial.name for trial in trials}
+    if len(kinds) > 1:
+        told = ", ".join(f"{per} ({name})" for per, name in kinds.items())
+        raise InputError(f"sizes of two kinds: {told}; give all trials one of them")
+    _refuse_twice(trials)
+    kept, diverged = _without_diverged(trials)
+    for trial in diverged:
+        warnings.append(f"{trial.name}: loss {trial.loss:g} is far above the others of its compute: left out")
+    return Trials(tuple(kept), tuple(warnings))
+
+
+def budgets(trials: Iterable[Trial], within: float = 0.1) -> list[list[Trial]]:
+    """Trials of about equal compute together, the least first: each begins more than `within` above the one before."""
+    found: list[list[Trial]] = []
+    for trial in sorted(trials, key=lambda trial: trial.compute):
+        if found and trial.compute <= found[-1][0].compute * (1 + within):
+            found[-1].append(trial)
+        else:
+            found.append([trial])
+    return found
+
+
+def tuned(trials: Iterable[Trial]) -> list[Trial]:
+    """Of each size and number of tokens, those of its best learning rate and batch size by the mean of their losses: a
+    grid of settings says what is best, the rest of it is no measurement of the size."""
+    by_shape: dict[tuple[float, float], dict[tuple[float | None, float | None], list[Trial]]] = {}
+    for trial in trials:
+        settings = by_shape.setdefault((trial.size, trial.tokens), {})
+        settings.setdefault((trial.lr, trial.batch_tokens), []).append(trial)
+    found = []
+    for settings in by_shape.values():
+        found += min(settings.values(), key=lambda group: fmean(trial.loss for trial in group))
+    return found
+
+
+def _rows(path: Path) -> Iterable[tuple[str, dict[str, str]]]:
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as stream:
+            reader = csv.DictReader(stream, skipinitialspace=True)
+            columns = [column.strip() for column in reader.fieldnames or []]
+            reader.fieldnames = columns
+            missing = [column for column in ("tokens", "loss") if column not in columns]
+            if not {"params", "flops_per_token"} & set(columns):
+                missing.insert(0, "params or flops_per_token")
+            if missing:
+                there = ", ".join(columns) or "none"
+                raise InputError(f"{path}: no column {', '.join(missing)}; its columns are {there}")
+            if {"params", "flops_per_token"} <= set(columns):
+                raise InputError(f"{path}: params and flops_per_token are both there; leave one of them out")
+            for row in reader:
+                yield f"{path}:{reader.line_num}", {key: value or "" for key, value in row.items() if key is not None}
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path} cannot be read as CSV: {error}") from error
+
+
+def _trial(name: str, row: dict[str, str]) -> Trial | None:
+    """None where the loss is not finite."""
+    found: dict[str, float] = {}
+    for column in _NUMBERS:
+        text = row.get(column, "").strip()
+        if not text and column in ("lr", "batch_tokens", "params", "flops_per_token"):
+            continue
+        try:
+            value = float(text)
+        except ValueError as error:
+            raise InputError(f"{name}: {column}={text!r} is no number") from error
+        if column == "loss" and not math.isfinite(value):
+            return None
+        if not (math.isfinite(value) and value > 0):
+            raise InputError(f"{name}: {column}={text} must be above 0 and finite")
+        found[column] = value
+    per = "params" if "params" in found else "flops_per_token"
+    if per not in found:
+        raise InputError(f"{name}: no size: neither params nor flops_per_token has a value")
+    return Trial(name, found[per], per, found["tokens"], found["loss"], found.get("lr"), found.get("batch_tokens"))
+
+
+def _refuse_twice(trials: Sequence[Trial]) -> None:
+    seen: dict[tuple[float | None, ...], Trial] = {}
+    for trial in trials:
+        key = trial.size, trial.tokens, trial.lr, trial.batch_tokens, trial.loss
+        if key in seen:
+            raise InputError(
+                f"{trial.name} is {seen[key].name} again, with the very same loss; a trial counts once (seeds of one "
+                "setting differ in their losses)"
+            )
+        seen[key] = trial
+
+
+def _without_diverged(trials: Sequence[Trial]) -> tuple[list[Trial], list[Trial]]:
+    """(kept, left out): of each compute, those whose loss is more than half above the median of its budget."""
+    out = []
+    for group in budgets(trials):
+        losses = sorted(trial.loss for trial in group)
+        if len(group) >= 3:
+            out += [trial for trial in group if trial.loss > 1.5 * losses[len(losses) // 2]]
+    names = {trial.name for trial in out}
+    return [trial for trial in trials if trial.name not in names], out
