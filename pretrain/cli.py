@@ -468,7 +468,7 @@ def parity(ctx: click.Context, max_procs: int, model: str | None, out: Path, onl
 @click.argument("paths", metavar="CSV_OR_DIR...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--out", type=FOLDER, required=True, help="A folder for fit.json, pictures and fit.html.")
 @click.option("--mixed", is_flag=True, help="Put together what says it has other tokenizers or other data.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the draws behind the intervals.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the draws behind the intervals.")
 @click.option("--json", "as_json", is_flag=True, help="Print fit.json instead of a table.")
 @click.pass_context
 def fit(ctx: click.Context, paths: tuple[Path, ...], out: Path, mixed: bool, seed: int, as_json: bool) -> None:

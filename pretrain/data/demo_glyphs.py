@@ -76,7 +76,7 @@ MARKS = (
 )
 _ABOVE, _BELOW = 230, 220  # combining classes (Unicode 4.3)
 _GAP = 12  # of a font's size: between a letter and a mark that it is set with
-UNLIKE_THEIR_NAME = "Ľďť"  # fonts draw these carons as apostrophes
+UNLIKE_THEIR_NAME = "Ľ"  # fonts draw this caron as an apostrophe
 WORDS = tuple(
     """moon sun star orbit comet earth mars night day sky light dark lamp fire ice snow rain wind cloud storm tree leaf
     root seed stone sand hill lake river ocean wave boat ship bird fish wolf bear horse sheep goat cat dog frog bee ant
@@ -293,7 +293,7 @@ def _dealt(shown: tuple[str, ...], split: str) -> Iterator[str]:
 
 def _picture(draws: _Draws, text: str, caption: str) -> Picture:
     font = draws.choice(_fonts_of(text))
-    least = SIDES[0] if len(text) == 1 else max(SIDES[0], min(SIDES[1], WORD_WIDTH * len(text)))
+    least = SIDES[0] if text in characters() else max(SIDES[0], min(SIDES[1], WORD_WIDTH * len(text)))
     width, height = draws.whole(least, SIDES[1]), draws.whole(*SIDES)
     fill = FILL[0] + (FILL[1] - FILL[0]) * draws.part()
     across, down = draws.part(), draws.part()

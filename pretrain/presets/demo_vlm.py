@@ -13,7 +13,7 @@ _SEQ_LEN = 256
 _ROWS = 8
 _STEPS = {"text": 100, "vit": 1500, "align": 100, "joint": 800, "cooldown": 20, "long": 20}
 
-_NOISE = 0.7  # without it the decoder learns from the letter that it has read which marks training shows with it
+_NOISE = 0.5  # without it the decoder learns from the letter that it has read which marks training shows with it
 _TOWER = Vision(
     num_layers=4,
     hidden_size=96,
@@ -90,7 +90,7 @@ def demo_vlm(stage: str = "joint") -> Config:
                 whole,
                 model=replace(model, max_position_embeddings=4 * _SEQ_LEN, rope_theta=800_000.0),
                 train=replace(whole.train, global_batch_size=1, micro_batch_size=1),
-                data=Data(seq_len=4 * _SEQ_LEN),
+                data=replace(whole.data, seq_len=4 * _SEQ_LEN),
                 optim=replace(whole.optim, lr=0.1 * whole.optim.lr),
                 parallel=Parallel(cp=2),
             )

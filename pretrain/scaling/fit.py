@@ -19,6 +19,7 @@ from perilune.pretrain.scaling.trials import Trial, Trials, budgets, tuned
 
 NEAR = 0.0025  # near-optimal: within so much of a budget's least loss (arXiv 2401.02954, section 3.1)
 _OUTLIER = 5.0  # of the median residual's deviations
+_SURE = 0.95  # of the refits of a budget must have a minimum near the sizes tried
 _DRAWS = 400
 
 Progress = Callable[[int, int], None]  # (done, of)
@@ -60,7 +61,7 @@ class Best:
 
 @dataclass(frozen=True)
 class Fit:
-    """What was found; a law that the trials do not support is None or lacks, and `warnings` says why."""
+    """What was found; a law that the trials do not support lacks, and `warnings` says why."""
 
     trials: tuple[Trial, ...]
     per: str  # params or flops_per_token
@@ -94,36 +95,38 @@ class Fit:
 
 def fit(trials: Trials, *, seed: int = 0, draws: int = _DRAWS, progress: Progress = lambda done, of: None) -> Fit:
     """All laws of `trials`. Raises InputError where they support none."""
+    if not trials.all:
+        raise InputError("no trials to fit: " + ("; ".join(trials.warnings) or "the files have none"))
     rng = np.random.default_rng(seed)
     best = tuned(trials.all)
-    warnings, laws = list(trials.warnings), dict[str, Law]()
+    warnings = list(trials.warnings)
     constants, outliers = dict[str, Constant](), list[str]()
-    refusals = []
     try:
-        constants, outliers = _parametric(best, rng, draws, progress)
-    except InputError as error:
-        refusals.append(str(error))
-    bests: list[Best] = []
-    try:
-        bests, found, told = _isoflop(budgets(best), trials.all[0].per if trials.all else "", rng, draws)
-        laws |= found
+        constants, outliers, told = _parametric(best, rng, draws, progress)
         warnings += told
     except InputError as error:
-        refusals.append(str(error))
-    if not constants and not laws:
-        raise InputError("; and ".join(refusals))
-    warnings += refusals
+        warnings.append(str(error))
+    bests, laws, told = _isoflop(budgets(best), trials.all[0].per, rng, draws)
+    warnings += told
     for name, of in (("lr_opt", _lr), ("batch_opt", _batch)):
         law, told = _near_optimal(budgets(trials.all), name, of, rng, draws)
         warnings += told
         if law is not None:
             laws[name] = law
+    if not constants and not laws:
+        raise InputError("; ".join(warnings))
     return Fit(trials.all, trials.all[0].per, tuple(bests), constants, laws, tuple(warnings), tuple(outliers))
 
 
 def _parametric(
     trials: Sequence[Trial], rng: np.random.Generator, draws: int, progress: Progress
-) -> tuple[dict[str, Constant], list[str]]:
+) -> tuple[dict[str, Constant], list[str], list[str]]:
+    """(constants, outliers, warnings). Raises InputError where `trials` do not determine them."""
+    if len(groups := budgets(trials)) < parametric.LEAST_BUDGETS:
+        raise InputError(
+            f"E + A/N^alpha + B/D^beta needs trials of {parametric.LEAST_BUDGETS} budgets of compute or more, not of "
+            f"{len(groups)}: within one, tokens follow from the size"
+        )
     sizes = np.array([trial.size for trial in trials])
     tokens = np.array([trial.tokens for trial in trials])
     losses = np.array([trial.loss for trial in trials])
@@ -142,47 +145,61 @@ def _parametric(
         if abs(o - np.median(off)) > _OUTLIER * max(spread, parametric.DELTA)
     ]
     found = zip(parametric.NAMES, theta, low, high, strict=True)
-    return {name: Constant(float(v), float(lo), float(hi)) for name, v, lo, hi in found}, outliers
+    constants = {name: Constant(float(v), float(lo), float(hi)) for name, v, lo, hi in found}
+    vague = [name for name, value in parametric.at_bounds(theta).items() if value]
+    told = f"{' and '.join(vague)} cannot be told from these trials: the best value is at its bound"
+    return constants, outliers, [told] if vague else []
 
 
 def _isoflop(
     groups: Sequence[Sequence[Trial]], per: str, rng: np.random.Generator, draws: int
 ) -> tuple[list[Best], dict[str, Law], list[str]]:
-    warnings, bests, usable = [], [], []
+    """(each budget's best size, laws, warnings); no laws where fewer than LEAST_BUDGETS have theirs inside."""
+    warnings: list[str] = []
+    bests: list[Best] = []
+    usable: list[Profile] = []
+    few = 0
     for group in groups:
         profile = isoflop.profile(group)
         where = f"budget {group[0].compute:.3g}"
         if profile is None:
+            few += 1
+            continue
+        sure = [again.log_best for again in (isoflop.resample(profile, rng) for _ in range(draws)) if again.near]
+        if not profile.near or len(sure) < _SURE * draws:
             warnings.append(
-                f"{where}: {len(group)} trials of {len({t.size for t in group})} sizes are too few for a parabola "
-                f"({isoflop.LEAST_TRIALS} of 3)"
+                f"{where}: no minimum near the sizes tried can be told from noise ({len(sure)} of {draws} refits have "
+                "one): left out"
             )
             continue
-        drawn = np.array([isoflop.resample(profile, rng).log_best for _ in range(draws)])
-        low, high = np.exp(np.nanpercentile(drawn, [2.5, 97.5])) if np.isfinite(drawn).any() else (np.nan, np.nan)
-        if not np.isfinite(profile.log_best):
-            warnings.append(f"{where}: loss does not rise on both sides of any size: its parabola has no minimum")
-            continue
+        low, high = np.exp(np.percentile(sure, [2.5, 97.5]))
         bests.append(Best(profile, Constant(float(np.exp(profile.log_best)), float(low), float(high))))
         if profile.inside:
-            usable.append((profile, drawn))
+            usable.append(profile)
         else:
             side = "largest" if profile.log_best > profile.log_size_n.max() else "smallest"
             warnings.append(f"{where}: the optimum lies beyond the {side} size tried: not used for the power laws")
+    if few:
+        warnings.append(
+            f"{few} budgets have fewer than {isoflop.LEAST_TRIALS} trials of three sizes, too few for a parabola"
+        )
     if len(usable) < isoflop.LEAST_BUDGETS:
-        raise InputError(
+        need = (
             f"power laws of the best size need {isoflop.LEAST_BUDGETS} budgets of compute, each with "
             f"{isoflop.LEAST_TRIALS} trials or more on both sides of its optimum; there are {len(usable)}"
         )
-    computes = np.array([profile.compute for profile, _ in usable])
-    size = power_law(computes, np.exp([profile.log_best for profile, _ in usable]))
-    loss = power_law(computes, np.array([profile.least for profile, _ in usable]))
+        return bests, {}, [*warnings, need]
+    computes = np.array([profile.compute for profile in usable])
+    size = power_law(computes, np.exp([profile.log_best for profile in usable]))
+    loss = power_law(computes, np.array([profile.least for profile in usable]))
     sizes, losses = [], []
     for _ in range(draws):
-        again = [isoflop.resample(profile, rng) for profile, _ in usable]
-        if all(np.isfinite(profile.log_best) for profile in again):
+        again = [isoflop.resample(profile, rng) for profile in usable]
+        if all(profile.near for profile in again):
             sizes.append(power_law(computes, np.exp([profile.log_best for profile in again])))
             losses.append(power_law(computes, np.array([profile.least for profile in again])))
+    if len(sizes) < _SURE ** len(usable) * draws:
+        return bests, {}, [*warnings, "noise hides the budgets' minima: no power law of the best size"]
     times = 6.0 if per == "params" else 1.0  # C = times * size * tokens
     tokens, all_tokens = _rest(size, times), [_rest(law, times) for law in sizes]
     laws = {"m_opt": _law(size, sizes), "d_opt": _law(tokens, all_tokens), "loss": _law(loss, losses)}
@@ -219,11 +236,18 @@ def _near_optimal(
     draws: int,
 ) -> tuple[Law | None, list[str]]:
     """The power law through the settings of trials within NEAR of their budget's least loss, and warnings; None where
-    fewer than LEAST_BUDGETS budgets tried three settings or more."""
-    near: list[tuple[float, np.ndarray]] = []
+    fewer than LEAST_BUDGETS budgets tried three settings or more at one size.
+
+    What is best is known no better than the steps of the grid: refits move each value by up to half of one.
+    """
+    near: list[tuple[float, np.ndarray, float]] = []  # compute, settings, a step of the grid's logarithms
     warnings = []
     for group in groups:
-        tried = [trial for trial in group if of(trial) is not None]
+        shapes: dict[float, set[float]] = {}  # size -> settings: a rule of lr by size is no grid
+        for trial in group:
+            if (value := of(trial)) is not None:
+                shapes.setdefault(trial.size, set()).add(value)
+        tried = [trial for trial in group if of(trial) is not None and len(shapes[trial.size]) >= 3]
         settings = sorted({float(of(trial) or 0) for trial in tried})
         if len(settings) < 3:
             continue
@@ -235,13 +259,18 @@ def _near_optimal(
                 f"{name}: at budget {group[0].compute:.3g} the near-optimal values reach the edge of those tried "
                 f"({settings[0]:g} to {settings[-1]:g}); try beyond it"
             )
-        near.append((float(np.mean([trial.compute for trial in good])), values))
+        step = float(np.median(np.diff(np.log(settings))))
+        near.append((float(np.mean([trial.compute for trial in good])), values, step))
     if len(near) < isoflop.LEAST_BUDGETS:
         return None, warnings
 
     def through(parts: Sequence[np.ndarray]) -> PowerLaw:
-        computes = np.concatenate([np.full(len(v), c) for (c, _), v in zip(near, parts, strict=True)])
+        computes = np.concatenate([np.full(len(v), c) for (c, _, _), v in zip(near, parts, strict=True)])
         return power_law(computes, np.concatenate(parts))
 
-    refits = [through([rng.choice(values, len(values)) for _, values in near]) for _ in range(draws)]
-    return _law(through([values for _, values in near]), refits), warnings
+    def moved(values: np.ndarray, step: float) -> np.ndarray:
+        drawn = rng.choice(values, len(values))
+        return np.asarray(drawn * np.exp(step * rng.uniform(-0.5, 0.5, len(drawn))))
+
+    refits = [through([moved(values, step) for _, values, step in near]) for _ in range(draws)]
+    return _law(through([values for _, values, _ in near]), refits), warnings

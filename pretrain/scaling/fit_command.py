@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from rich.progress import Progress as Bar
 
-from perilune.pretrain.errors import InputError
+from perilune.pretrain.errors import InputError, make_folder
 
 if TYPE_CHECKING:
     from perilune.pretrain.scaling.fit import Fit
@@ -33,15 +33,15 @@ def fit_command(paths: Sequence[Path], out: Path, *, mixed: bool = False, seed: 
     file = out / "fit.json"
     if file.exists():
         raise InputError(f"{file} is there already and is never written over; name another folder with --out")
+    make_folder(out)  # before the time that fitting takes
     trials = read_csv([path / "trials.csv" if path.is_dir() else path for path in paths], mixed)
     with Bar(transient=True, disable=as_json) as bar:
         task = bar.add_task("refits")
         found = fit(trials, seed=seed, progress=lambda done, of: bar.update(task, completed=done, total=of))
+    text = json.dumps(found.to_dict(), indent=1, allow_nan=False) + "\n"
     try:
-        out.mkdir(parents=True, exist_ok=True)
         drawn = pictures.draw(found, out)
         (out / "fit.html").write_text(_page(found, drawn), encoding="utf-8")
-        text = json.dumps(found.to_dict(), indent=1, allow_nan=False) + "\n"
         part = file.with_suffix(".part")
         part.write_text(text, encoding="utf-8")
         os.replace(part, file)  # last: where it is, all of it is

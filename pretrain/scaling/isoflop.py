@@ -43,6 +43,12 @@ class Profile:
         """Whether the minimum lies between the smallest and the largest size tried."""
         return bool(self.log_size_n.min() <= self.log_best <= self.log_size_n.max())
 
+    @property
+    def near(self) -> bool:
+        """Whether there is a minimum no further out than the sizes tried are wide, and a loss there."""
+        low, high = self.log_size_n.min(), self.log_size_n.max()
+        return bool(2 * low - high <= self.log_best <= 2 * high - low and self.least > 0)  # False for nan
+
     def fitted(self) -> np.ndarray:
         """The parabola at the trials [n]."""
         return np.asarray(np.polyval(self.curve, self.log_size_n - self.middle))
@@ -54,9 +60,6 @@ class PowerLaw:
 
     log_k: float
     exponent: float
-
-    def __call__(self, compute: float) -> float:
-        return float(np.exp(self.log_k + self.exponent * np.log(compute)))
 
 
 def profile(group: Sequence[Trial]) -> Profile | None:

@@ -16,10 +16,12 @@ from perilune.pretrain.errors import InputError
 
 NAMES = ("E", "A", "B", "alpha", "beta")
 DELTA = 1e-3
+LEAST_BUDGETS = 3  # of compute
 LEAST_TRIALS = 8  # five constants, and some that say how well they fit
 
 # The starts: E as a part of the least loss, each term at the middle trial as a part of its loss, alpha and beta alike.
 _PART_E, _PART_TERM, _EXPONENT = (0.3, 0.6, 0.9), (0.05, 0.3), (0.15, 0.4, 0.8)
+_MOST_EXPONENT = 5.0
 _TRIED = 12  # starts that are followed
 
 
@@ -52,6 +54,14 @@ def refit(theta: np.ndarray, sizes_n: np.ndarray, tokens_n: np.ndarray, losses_n
     E, A, B, alpha, beta = theta
     logs = np.log(np.maximum([E, A, B], 1e-300))
     return problem.constants(problem.solve(problem.centred(np.array([*logs, alpha, beta])), 1e-6))
+
+
+def at_bounds(theta: np.ndarray) -> dict[str, bool]:
+    """Of each constant: whether it went as far as a fit lets it, so that its value says nothing."""
+    E, _, _, alpha, beta = theta
+    ends = (0.0, _MOST_EXPONENT)
+    vague = [bool(np.isclose(value, ends, atol=1e-3).any()) for value in (alpha, beta)]
+    return dict(zip(NAMES, (bool(E < 1e-6), vague[0], vague[1], *vague), strict=True))
 
 
 class _Problem:
@@ -98,7 +108,10 @@ class _Problem:
 
     def solve(self, x: np.ndarray, tolerance: float = 1e-10) -> np.ndarray:
         """The minimum that lies below `x`."""
-        low, high = np.array([-40.0, -40.0, -40.0, 0.0, 0.0]), np.array([20.0, 20.0, 20.0, 5.0, 5.0])
+        low, high = (
+            np.array([-40.0, -40.0, -40.0, 0.0, 0.0]),
+            np.array([20.0, 20.0, 20.0, _MOST_EXPONENT, _MOST_EXPONENT]),
+        )
         x = np.clip(x, low + 1e-6, high - 1e-6)
         done = least_squares(
             self._off, x, self._slope, bounds=(low, high), loss="huber", f_scale=DELTA, xtol=tolerance, ftol=tolerance,

@@ -52,12 +52,17 @@ def read_csv(paths: Sequence[Path], mixed: bool = False) -> Trials:
     trials: list[Trial] = []
     alike: dict[str, dict[str, str]] = {name: {} for name in _ALIKE}  # value -> where it stands first
     warnings: list[str] = []
+    seen: dict[tuple[tuple[str, str], ...], str] = {}
     for path in paths:
         for name, row in _rows(path):
             trial = _trial(name, row)
             if trial is None:
                 warnings.append(f"{name}: loss {row['loss']!r} is not finite: left out")
                 continue
+            whole = tuple(sorted(row.items()))
+            if whole in seen:
+                raise InputError(f"{name} is {seen[whole]} again, word for word; a trial counts once")
+            seen[whole] = name
             trials.append(trial)
             for column in _ALIKE:
                 if row.get(column):
@@ -73,18 +78,17 @@ def read_csv(paths: Sequence[Path], mixed: bool = False) -> Trials:
     if len(kinds) > 1:
         told = ", ".join(f"{per} ({name})" for per, name in kinds.items())
         raise InputError(f"sizes of two kinds: {told}; give all trials one of them")
-    _refuse_twice(trials)
     kept, diverged = _without_diverged(trials)
     for trial in diverged:
         warnings.append(f"{trial.name}: loss {trial.loss:g} is far above the others of its compute: left out")
     return Trials(tuple(kept), tuple(warnings))
 
 
-def budgets(trials: Iterable[Trial], within: float = 0.1) -> list[list[Trial]]:
-    """Trials of about equal compute together, the least first: each begins more than `within` above the one before."""
+def budgets(trials: Iterable[Trial]) -> list[list[Trial]]:
+    """Trials of about equal compute together, the least first: steps of up to 5%, in all up to 25%."""
     found: list[list[Trial]] = []
     for trial in sorted(trials, key=lambda trial: trial.compute):
-        if found and trial.compute <= found[-1][0].compute * (1 + within):
+        if found and trial.compute <= min(1.05 * found[-1][-1].compute, 1.25 * found[-1][0].compute):
             found[-1].append(trial)
         else:
             found.append([trial])
@@ -92,14 +96,18 @@ def budgets(trials: Iterable[Trial], within: float = 0.1) -> list[list[Trial]]:
 
 
 def tuned(trials: Iterable[Trial]) -> list[Trial]:
-    """Of each size and number of tokens, those of its best learning rate and batch size by the mean of their losses: a
-    grid of settings says what is best, the rest of it is no measurement of the size."""
-    by_shape: dict[tuple[float, float], dict[tuple[float | None, float | None], list[Trial]]] = {}
-    for trial in trials:
-        settings = by_shape.setdefault((trial.size, trial.tokens), {})
-        settings.setdefault((trial.lr, trial.batch_tokens), []).append(trial)
+    """Of each size and number of tokens, those of its best learning rate and batch size by the mean of their losses.
+
+    A grid of settings says what is best, the rest of it is no measurement of the size. Tokens within 2% are as many:
+    whole batches of another size rarely add up to the same.
+    """
+    shapes: list[tuple[Trial, dict[tuple[float | None, float | None], list[Trial]]]] = []
+    for trial in sorted(trials, key=lambda trial: (trial.size, trial.tokens)):
+        if not shapes or trial.size != shapes[-1][0].size or trial.tokens > 1.02 * shapes[-1][0].tokens:
+            shapes.append((trial, {}))
+        shapes[-1][1].setdefault((trial.lr, trial.batch_tokens), []).append(trial)
     found = []
-    for settings in by_shape.values():
+    for _, settings in shapes:
         found += min(settings.values(), key=lambda group: fmean(trial.loss for trial in group))
     return found
 
@@ -110,6 +118,8 @@ def _rows(path: Path) -> Iterable[tuple[str, dict[str, str]]]:
             reader = csv.DictReader(stream, skipinitialspace=True)
             columns = [column.strip() for column in reader.fieldnames or []]
             reader.fieldnames = columns
+            if twice := sorted({column for column in columns if column and columns.count(column) > 1}):
+                raise InputError(f"{path}: column {', '.join(twice)} is there twice")
             missing = [column for column in ("tokens", "loss") if column not in columns]
             if not {"params", "flops_per_token"} & set(columns):
                 missing.insert(0, "params or flops_per_token")
@@ -119,7 +129,10 @@ def _rows(path: Path) -> Iterable[tuple[str, dict[str, str]]]:
             if {"params", "flops_per_token"} <= set(columns):
                 raise InputError(f"{path}: params and flops_per_token are both there; leave one of them out")
             for row in reader:
-                yield f"{path}:{reader.line_num}", {key: value or "" for key, value in row.items() if key is not None}
+                name = f"{path}:{reader.line_num}"
+                if None in row:
+                    raise InputError(f"{name}: more cells than {len(columns)} columns (a comma inside a number?)")
+                yield name, {key: value or "" for key, value in row.items()}
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path} cannot be read as CSV: {error}") from error
 
@@ -144,18 +157,6 @@ def _trial(name: str, row: dict[str, str]) -> Trial | None:
     if per not in found:
         raise InputError(f"{name}: no size: neither params nor flops_per_token has a value")
     return Trial(name, found[per], per, found["tokens"], found["loss"], found.get("lr"), found.get("batch_tokens"))
-
-
-def _refuse_twice(trials: Sequence[Trial]) -> None:
-    seen: dict[tuple[float | None, ...], Trial] = {}
-    for trial in trials:
-        key = trial.size, trial.tokens, trial.lr, trial.batch_tokens, trial.loss
-        if key in seen:
-            raise InputError(
-                f"{trial.name} is {seen[key].name} again, with the very same loss; a trial counts once (seeds of one "
-                "setting differ in their losses)"
-            )
-        seen[key] = trial
 
 
 def _without_diverged(trials: Sequence[Trial]) -> tuple[list[Trial], list[Trial]]:

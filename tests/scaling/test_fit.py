@@ -124,11 +124,12 @@ def test_edges_and_outliers_are_named() -> None:
     given = trials(0.001)
     wrong = given[10]
     given[10] = Trial("runs.csv:12", wrong.size, "params", wrong.tokens, wrong.loss * 1.04)
-    small = [t for t in given if t.compute < 2 * COMPUTES[0] and t.size > best_size(t.compute) * 1.01]
     rest = [t for t in given if t.compute >= 2 * COMPUTES[0]]
-    size, tokens = small[-1].size * 1.2, small[-1].tokens / 1.2
-    extra = [Trial("more", size, "params", tokens, float(parametric.loss(TRUTH, size, tokens)))]  # a fourth, at least
-    found = fit(Trials(tuple(small + extra + rest)), draws=20)
+    small = []
+    for size in best_size(COMPUTES[0]) * np.geomspace(1.5, 4, 6):
+        tokens = COMPUTES[0] / 6 / size
+        small.append(Trial("small", size, "params", tokens, float(parametric.loss(TRUTH, size, tokens))))
+    found = fit(Trials(tuple(small + rest)), draws=20)
     assert any("beyond the smallest size tried" in warning for warning in found.warnings)
     assert [one.split(":")[:2] for one in found.outliers] == [["runs.csv", "12"]]
     assert len(json.dumps(found.to_dict(), allow_nan=False)) > 500
@@ -147,7 +148,12 @@ HEAD = "params,tokens,loss,lr,data\n"
         (HEAD + "1e6,-1,3,,\n", "tokens=-1 must be above 0"),
         (HEAD + "1e6,1e9,3,1,web\n1e6,1e9,3,1,web\n", "t.csv:3 is .*t.csv:2 again"),
         (HEAD + "1e6,1e9,3,1,web\n1e6,2e9,3,1,code\n", "data: 'web' .*'code' .*--mixed"),
-        ("params,tokens,loss\n" + "1e6,1e9,3\n1e6,1e9,3.1\n", "needs 8 trials or more.*need 3 budgets"),
+        (
+            "params,tokens,loss\n" + "1e6,1e9,3\n1e6,1e9,3.1\n",
+            "of 3 budgets of compute.*not of 1.*need 3 budgets",
+        ),
+        ("params,tokens,loss\n1,250,3.1,99\n", "more cells than 3 columns"),
+        ("params,tokens,loss,loss\n1,250,3.1,99\n", "column loss is there twice"),
     ],
 )
 def test_bad_trials_are_refused(tmp_path: Path, text: str, message: str) -> None:
@@ -163,8 +169,44 @@ def test_one_budget_and_diverged_runs(tmp_path: Path) -> None:
     found = read_csv([tmp_path / "t.csv"])
     assert len(found.all) == len(one) and len(found.warnings) == 2
     assert "not finite" in found.warnings[0] and "far above" in found.warnings[1]
-    with pytest.raises(InputError, match="needs 8 trials"):
+    with pytest.raises(InputError, match="3 budgets of compute or more, not of 1: within one"):
         fit(found, draws=5)
+
+
+def test_noise_that_hides_everything_is_told_and_written() -> None:
+    """Few trials and much noise: always JSON, and a budget without a minimum is named."""
+    told = []
+    for seed in range(12):
+        given = [t for t in trials(0.02, seed, wide=1.5, count=5) if t.compute < COMPUTES[3] * 1.1]
+        found = fit(Trials(tuple(given)), draws=20)
+        json.dumps(found.to_dict(), allow_nan=False)
+        told += [warning for warning in found.warnings if "told from noise" in warning]
+    assert told
+
+
+def test_a_grid_of_learning_rates_alone() -> None:
+    """One size a budget supports that law and no other; a rule of learning rate by size is no grid, and gives none."""
+    given = []
+    for compute in COMPUTES:
+        size, best = best_size(compute), 0.3118 * compute**-0.125
+        for x in range(-3, 4):
+            loss = 3.0 * (1 + 0.01 * x * x)
+            # Whole batches: the tokens are not quite the same.
+            given.append(Trial("t", size, "params", compute / 6 / size * (1 + 1e-4 * x), loss, best * 2.0**x))
+    found = fit(Trials(tuple(given)), draws=60)
+    law = found.laws["lr_opt"].exponent
+    assert set(found.laws) == {"lr_opt"} and not found.parametric
+    assert law.low < -0.125 < law.high and 0.01 < law.high - law.low < 0.3, "no better than the grid's steps"
+    assert len(tuned(given)) == len(COMPUTES)
+    rule = [Trial(t.name, t.size, t.per, t.tokens, t.loss, 0.01 * t.size**-0.3) for t in trials(0.001)]
+    assert "lr_opt" not in fit(Trials(tuple(rule)), draws=5).laws
+
+
+def test_budgets_are_told_by_gaps() -> None:
+    size = 1e8
+    for computes, sizes in (((0.95, 0.98, 1.02, 1.05, 1.06), [5]), ((1.0, 1.04, 1.3, 1.32), [2, 2])):
+        given = [Trial("t", size, "flops_per_token", compute * 1e10, 3.0) for compute in computes]
+        assert [len(group) for group in budgets(given)] == sizes
 
 
 def test_the_command(tmp_path: Path, perilune: Any) -> None:
