@@ -78,7 +78,7 @@ def load(datasets: Sequence[PackedDataset], recipe: Recipe, micro_batches: Seque
                 findings.append(Finding(d, i, str(error)))
         if not findings:
             names = [f"{recipe.paths[d]}/{datasets[d].sample_id(i)}" for d, i in ids]
-            read = [misread(row, recipe.caption_noise) for row in rows]
+            read = [misread(row, recipe.caption_noise) for row in rows] if recipe.caption_noise else []
             batches.append(assemble(rows, recipe.depth, recipe.document_mask, names, patches, read))
     return Loaded(() if findings else tuple(batches), tuple(findings))
 
