@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from perilune.kernels import threads
+
 Range = tuple[int, int]
 
 BLOCK = 128  # queries: larger ones compute more of what is masked, smaller ones have slower matmuls
@@ -54,19 +56,25 @@ class _Blocked(torch.autograd.Function):
         backward: bool,
     ) -> torch.Tensor:
         ctx.queries, ctx.keys, ctx.scale = queries, keys, scale
-        scores = _Scores(_by_head(q_QND), _by_head(k_KND), scale)
-        low = scores.buffer(v_KNE.dtype)
+        q, k, v = (_by_head(x) for x in (q_QND, k_KND, v_KNE))
         out_QNE = v_KNE.new_empty(q_QND.shape[0], *v_KNE.shape[1:])
-        out, v = out_QNE.transpose(0, 1), _by_head(v_KNE)
-        blocks = list(_blocks(queries, keys, q_QND.shape[1]))
-        keep = backward and v_KNE.dtype != scores.dtype and sum(map(_size, blocks)) <= KEPT
-        kept = []
-        for heads, block, seen in blocks:
-            p = scores.softmax(heads, block, seen)
-            if keep:
-                kept.append(p := p.to(v.dtype))
-            out[heads, block] = _cast(p, low) @ v[heads, seen]
-        ctx.save_for_backward(q_QND, k_KND, v_KNE, *kept)
+        out, shares = out_QNE.transpose(0, 1), _shares(q.shape[0])
+        keep = backward and v.dtype != _wide(v[:, :0]).dtype and _numbers(queries, keys, q.shape[0]) <= KEPT
+        kept: list[list[torch.Tensor]] = [[] for _ in shares]
+
+        def work(mine: Iterator[int]) -> None:
+            scores = _Scores(q, k, scale)
+            low = scores.buffer(v.dtype)
+            for i in mine:
+                for heads, block, seen in _blocks(queries, keys, shares[i]):
+                    p = scores.softmax(heads, block, seen)
+                    if keep:
+                        kept[i].append(p := p.to(v.dtype))
+                    out[heads, block] = _cast(p, low) @ v[heads, seen]
+
+        threads.share(work, range(len(shares)), len(shares))
+        ctx.shares, ctx.kept = shares, [len(part) for part in kept]
+        ctx.save_for_backward(q_QND, k_KND, v_KNE, *(p for part in kept for p in part))
         return out_QNE
 
     @staticmethod
@@ -74,23 +82,30 @@ class _Blocked(torch.autograd.Function):
     def backward(ctx: Any, grad_QNE: torch.Tensor) -> Any:
         q_QND, k_KND, v_KNE, *kept = ctx.saved_tensors
         q, k, v, grad = (_by_head(x) for x in (q_QND, k_KND, v_KNE, grad_QNE))
-        scores = _Scores(q, k, ctx.scale)
+        wide = _wide(q[:, :0]).dtype
         dq_QND = torch.empty_like(q_QND, memory_format=torch.contiguous_format)
         dq = dq_QND.transpose(0, 1)
-        dk, dv = (torch.zeros(x.shape, dtype=scores.dtype, device=x.device) for x in (k, v))
-        d_scores = scores.buffer(scores.dtype)
-        p_low, ds_low = (scores.buffer(q.dtype) for _ in range(2)) if q.dtype != scores.dtype else (d_scores, d_scores)
-        for at, (heads, block, seen) in enumerate(_blocks(ctx.queries, ctx.keys, q.shape[0])):
-            p = scores.wide(kept[at]) if kept else scores.softmax(heads, block, seen)
-            dp, dp_low = (x[: p.numel()].view(p.shape) for x in (d_scores, ds_low))
-            torch.bmm(grad[heads, block], v[heads, seen].transpose(1, 2), out=dp_low)
-            if ds_low is not d_scores:
-                dp.copy_(dp_low)
-            torch.ops.aten._softmax_backward_data.out(dp, p, -1, dp.dtype, grad_input=dp)
-            p, ds = kept[at] if kept else _cast(p, p_low), _cast(dp, ds_low)
-            dq[heads, block] = (ds @ k[heads, seen]).mul_(ctx.scale)
-            _add_product(dk[heads, seen], ds, q[heads, block], ctx.scale)
-            _add_product(dv[heads, seen], p, grad[heads, block], 1.0)
+        dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (k, v))
+
+        def work(mine: Iterator[int]) -> None:
+            scores = _Scores(q, k, ctx.scale)
+            d_scores = scores.buffer(wide)
+            p_low, ds_low = (scores.buffer(q.dtype) for _ in range(2)) if q.dtype != wide else (d_scores, d_scores)
+            for i in mine:
+                first = sum(ctx.kept[:i])
+                for at, (heads, block, seen) in enumerate(_blocks(ctx.queries, ctx.keys, ctx.shares[i]), first):
+                    p = scores.wide(kept[at]) if kept else scores.softmax(heads, block, seen)
+                    dp, dp_low = (x[: p.numel()].view(p.shape) for x in (d_scores, ds_low))
+                    torch.bmm(grad[heads, block], v[heads, seen].transpose(1, 2), out=dp_low)
+                    if ds_low is not d_scores:
+                        dp.copy_(dp_low)
+                    torch.ops.aten._softmax_backward_data.out(dp, p, -1, dp.dtype, grad_input=dp)
+                    p, ds = kept[at] if kept else _cast(p, p_low), _cast(dp, ds_low)
+                    dq[heads, block] = (ds @ k[heads, seen]).mul_(ctx.scale)
+                    _add_product(dk[heads, seen], ds, q[heads, block], ctx.scale)
+                    _add_product(dv[heads, seen], p, grad[heads, block], 1.0)
+
+        threads.share(work, range(len(ctx.shares)), len(ctx.shares))
         return dq_QND, dk.transpose(0, 1).to(k.dtype), dv.transpose(0, 1).to(v.dtype), None, None, None, None
 
 
@@ -123,20 +138,32 @@ class _Scores:
         return self._scores[: kept.numel()].view(kept.shape).copy_(kept)
 
 
-def _blocks(queries: Sequence[Range], keys: Sequence[Range], N: int) -> Iterator[tuple[slice, slice, slice]]:
+def _shares(N: int) -> list[slice]:
+    """The heads of each thread."""
+    parts = min(N, threads.available())
+    return [slice(N * i // parts, N * (i + 1) // parts) for i in range(parts)]
+
+
+def _blocks(queries: Sequence[Range], keys: Sequence[Range], heads: slice) -> Iterator[tuple[slice, slice, slice]]:
     """(heads, queries, keys) of which the last query sees all keys; as many heads at once as the buffer holds."""
+    for block, seen in _ranges(queries, keys):
+        together = max(1, SCORES // ((block.stop - block.start) * (seen.stop - seen.start)))
+        for head in range(heads.start, heads.stop, together):
+            yield slice(head, min(head + together, heads.stop)), block, seen
+
+
+def _ranges(queries: Sequence[Range], keys: Sequence[Range]) -> Iterator[tuple[slice, slice]]:
+    """Blocks of queries and the keys that their last query sees."""
     for (start, end), (first, last) in zip(queries, keys, strict=True):
         before = (last - first) - (end - start)
         for at in range(start, end, BLOCK):
             stop = min(at + BLOCK, end)
-            seen = slice(first, first + before + stop - start)
-            together = max(1, SCORES // ((stop - at) * (seen.stop - seen.start)))
-            for head in range(0, N, together):
-                yield slice(head, min(head + together, N)), slice(at, stop), seen
+            yield slice(at, stop), slice(first, first + before + stop - start)
 
 
-def _size(block: tuple[slice, slice, slice]) -> int:
-    return math.prod(part.stop - part.start for part in block)
+def _numbers(queries: Sequence[Range], keys: Sequence[Range], N: int) -> int:
+    """Of all blocks' scores."""
+    return N * sum((q.stop - q.start) * (k.stop - k.start) for q, k in _ranges(queries, keys))
 
 
 def _by_head(x_TND: torch.Tensor) -> torch.Tensor:

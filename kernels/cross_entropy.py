@@ -1,8 +1,8 @@
 """The loss of each token from its hidden state: output projection and cross-entropy in chunks of tokens.
 
-Neither logits nor probabilities of all tokens are ever held in fp32: a chunk's are, and in bf16 the logits of all
-tokens in bf16 besides, which their gradients replace. In fp32 backward computes a chunk's logits again instead. The
-vocabulary may be split over tensor-parallel ranks (Megatron-LM, arXiv 1909.08053, section 3).
+Neither logits nor probabilities of many tokens are ever held in fp32: those of KEPT numbers at most, of more a chunk's,
+which backward computes again. In bf16 the logits of all tokens are held in bf16. What is held, the gradients replace.
+The vocabulary may be split over tensor-parallel ranks (Megatron-LM, arXiv 1909.08053, section 3).
 
 T tokens, H hidden, V vocabulary of this rank, C tokens of a chunk.
 """
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 CHUNK = 1 << 21  # logits at once (8 MB in fp32)
+KEPT = 1 << 26  # fp32 numbers that may be held from forward to backward (256 MB)
 CHUNK_GPU = 1 << 27  # the same on a GPU (512 MB): every chunk reads all of the weight, from memory that is no cache
 
 
@@ -49,11 +50,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         at_T = labels_T - first
         mine_T = (at_T >= 0) & (at_T < V)
         at_T = at_T.clamp(0, V - 1)
-        keep = backward and hidden_TH.dtype in (torch.bfloat16, torch.float16)
-        kept_TV = hidden_TH.new_empty(T, V) if keep else None
+        narrow = hidden_TH.dtype in (torch.bfloat16, torch.float16)
+        kept_TV = hidden_TH.new_empty(T, V) if backward and (narrow or T * V <= KEPT) else None
         buffer = _buffer(hidden_TH, V)
         most_T, sum_T, label_T = (buffer.new_empty(T) for _ in range(3))
         for rows in _chunks(hidden_TH, V):
+            # In fp32 what follows in place leaves exp(logit - most_T) in what is kept.
             logits = _logits(hidden_TH[rows], weight_VH, buffer, kept_TV[rows] if kept_TV is not None else None)
             torch.amax(logits, -1, out=most_T[rows])
             label_T[rows] = logits.gather(1, at_T[rows, None])[:, 0]
@@ -62,36 +64,42 @@ class _LinearCrossEntropy(torch.autograd.Function):
         log_sum_T = most_T + sum_T.log_()
         if group is not None and group.size() > 1:
             log_sum_T = _over_group(log_sum_T, label_T, group)
-        ctx.save_for_backward(hidden_TH, weight_VH, at_T, mine_T, log_sum_T, kept_TV)
+        ctx.save_for_backward(hidden_TH, weight_VH, at_T, mine_T, most_T, log_sum_T, kept_TV)
         return log_sum_T - label_T
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_T: torch.Tensor) -> Any:
-        hidden_TH, weight_VH, at_T, mine_T, log_sum_T, kept_TV = ctx.saved_tensors
+        hidden_TH, weight_VH, at_T, mine_T, most_T, log_sum_T, kept_TV = ctx.saved_tensors
         V = weight_VH.shape[0]
         dhidden_TH = torch.empty_like(hidden_TH)
         total: Any = getattr(weight_VH, "main_grad", None) if ctx.needs_input_grad[1] else None
-        # In bf16 one matmul over all tokens writes its output, and does not add to it.
-        direct = total is not None and total.dtype == hidden_TH.dtype and kept_TV is None
-        dweight = total if direct else torch.zeros_like(weight_VH)
         buffer = _buffer(hidden_TH, V)
+        exps = kept_TV is not None and kept_TV.dtype == buffer.dtype
+        # In bf16 one matmul over all tokens writes its output, and does not add to it.
+        direct = total is not None and total.dtype == hidden_TH.dtype and (kept_TV is None or exps)
+        dweight = total if direct else torch.zeros_like(weight_VH)
+        scale_T = (most_T - log_sum_T).exp_()
         for rows in _chunks(hidden_TH, V):
-            if kept_TV is None:
-                logits = _logits(hidden_TH[rows], weight_VH, buffer, None)
+            if kept_TV is not None and exps:
+                p = kept_TV[rows].mul_(scale_T[rows, None])
+            elif kept_TV is not None:
+                p = buffer[: rows.stop - rows.start].copy_(kept_TV[rows]).sub_(log_sum_T[rows, None]).exp_()
             else:
-                logits = buffer[: rows.stop - rows.start].copy_(kept_TV[rows])
-            logits.sub_(log_sum_T[rows, None]).exp_()
-            logits.scatter_add_(1, at_T[rows, None], -mine_T[rows, None].to(logits.dtype))
-            logits.mul_(grad_T[rows, None])
+                p = _logits(hidden_TH[rows], weight_VH, buffer, None).sub_(log_sum_T[rows, None]).exp_()
+            p.scatter_add_(1, at_T[rows, None], -mine_T[rows, None].to(p.dtype))
+            p.mul_(grad_T[rows, None])
             if kept_TV is None:
-                dweight.addmm_(logits.T, hidden_TH[rows])
-                torch.mm(logits, weight_VH, out=dhidden_TH[rows])
-            else:
-                kept_TV[rows] = logits
+                dweight.addmm_(p.T, hidden_TH[rows])
+                torch.mm(p, weight_VH, out=dhidden_TH[rows])
+            elif not exps:
+                kept_TV[rows] = p
         if kept_TV is not None:
             torch.mm(kept_TV, weight_VH, out=dhidden_TH)
-            torch.mm(kept_TV.T, hidden_TH, out=dweight)
+            if exps:
+                dweight.addmm_(kept_TV.T, hidden_TH)
+            else:
+                torch.mm(kept_TV.T, hidden_TH, out=dweight)
         if total is None:
             return dhidden_TH, dweight, None, None, None
         if not direct:
@@ -113,10 +121,10 @@ def _over_group(log_sum_T: torch.Tensor, label_T: torch.Tensor, group: dist.Proc
 def _logits(
     hidden_CH: torch.Tensor, weight_VH: torch.Tensor, buffer: torch.Tensor, kept_CV: torch.Tensor | None
 ) -> torch.Tensor:
-    """[C, V] in fp32, in the buffer; as the matmul gave them in `kept_CV` where that is there."""
+    """[C, V] in fp32, in the buffer; as the matmul gave them in `kept_CV` if that is there, alone if that is fp32."""
     wide = buffer[: hidden_CH.shape[0]]
     if buffer.dtype == hidden_CH.dtype:
-        return torch.mm(hidden_CH, weight_VH.T, out=wide)
+        return torch.mm(hidden_CH, weight_VH.T, out=wide if kept_CV is None else kept_CV)
     low = torch.mm(hidden_CH, weight_VH.T) if kept_CV is None else torch.mm(hidden_CH, weight_VH.T, out=kept_CV)
     return wide.copy_(low)
 

@@ -9,10 +9,12 @@ from perilune.kernels.cross_entropy import linear_cross_entropy, reference
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("collected", [None, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kept", [0, 11 * 50])
 def test_chunks_equal_pytorch_in_values_and_gradients(
-    dtype: torch.dtype, collected: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, collected: torch.dtype | None, kept: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cross_entropy, "CHUNK", 3 * 50)  # three tokens
+    monkeypatch.setattr(cross_entropy, "KEPT", kept)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(11, 16, generator=generator).to(dtype).requires_grad_()
     weight = torch.randn(50, 16, generator=generator).to(dtype).requires_grad_()
@@ -53,6 +55,7 @@ def test_large_logits_do_not_overflow() -> None:
 
 
 def test_no_tensor_of_all_logits_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cross_entropy, "KEPT", 0)
     """In bf16 the logits of all tokens are held in bf16; in fp32 those of a chunk alone."""
     from torch.utils._python_dispatch import TorchDispatchMode
 

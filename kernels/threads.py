@@ -1,0 +1,73 @@
+"""The parts of an operation that need nothing of each other, on threads of their own, for CPUs.
+
+A matmul of a few hundred rows is too small to be shared: two threads reach two thirds of twice the rate of one. Where
+an operation has many such matmuls, of experts or of heads, each thread takes whole ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+
+import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+MOST = 8  # that share an operation: between two matmuls each waits for Python's lock
+SHARED = 0.75  # of a thread's own rate, about: what each of several gets out of a matmul that they share
+
+
+def available() -> int:
+    """Threads that `share` can use. One under a dispatch mode (a FLOP counter), which sees its own thread alone."""
+    return 1 if _get_current_dispatch_mode() is not None else min(MOST, torch.get_num_threads())
+
+
+def worth(sizes: Sequence[int]) -> int:
+    """Threads for items of these sizes: one, whose matmuls then share the cores, where one item is most of the work."""
+    threads = min(available(), len(sizes))
+    return threads if threads > 1 and max(sizes) * threads * SHARED <= sum(sizes) else 1
+
+
+def share[T](work: Callable[[Iterator[T]], None], items: Sequence[T], threads: int) -> None:
+    """Call `work` on each of so many threads with an iterator; together they draw every item once, in order.
+
+    What `work` writes must not overlap between items, and no gradient is recorded. Raises what `work` raised, after all
+    threads have ended.
+    """
+    if threads == 1:
+        return work(iter(items))
+    left = list(reversed(items))
+    before = torch.get_num_threads()
+
+    def draw() -> None:
+        torch.set_num_threads(before // threads)  # each thread has a number of its own
+        with torch.no_grad():
+            work(_drawn(left))
+
+    others: list[Future[None]] = []
+    try:
+        others += [_pool().submit(draw) for _ in range(threads - 1)]
+        draw()
+    finally:
+        wait(others)
+        torch.set_num_threads(before)
+    for other in others:
+        other.result()
+
+
+def _drawn[T](left: list[T]) -> Iterator[T]:
+    """Items taken off the end of a list that others take from too."""
+    with contextlib.suppress(IndexError):
+        while True:
+            yield left.pop()
+
+
+_pools: list[ThreadPoolExecutor] = []
+os.register_at_fork(after_in_child=_pools.clear)  # threads stay behind
+
+
+def _pool() -> ThreadPoolExecutor:
+    if not _pools:
+        _pools.append(ThreadPoolExecutor(MOST - 1, "perilune-kernels"))
+    return _pools[0]
