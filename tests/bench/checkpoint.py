@@ -2,12 +2,12 @@
 
     .venv/bin/python tests/bench/checkpoint.py [--rounds 5] [--json FILE]
 
-Saves are of `proxy_100m` with its optimizer's state, into a folder that keeps what it has; the export is the
-command, from the start of its process, of a model of 4 GB (fp32, weights only). The rival is `dd bs=1M conv=fsync` of
-the files just written. The stall of a save is the time for which the training loop stands still: the call, the wait
-before the next update, and the wait for what is left at the end; what the writer takes of the cores is told apart, as
-the time by which the step under which it writes is longer. Rounds alternate, figures are medians. Needs 14 GB of disk
-in --folder and 10 GB of memory.
+Saves are of `proxy_100m` with its optimizer's state (in fp32 where the CPU emulates bf16), into a folder that keeps
+what it has; the export is the command, from the start of its process, of a model of 4 GB (fp32, weights only). The
+rival is `dd bs=1M conv=fsync` of the files just written. The stall of a save is the time for which the training loop
+stands still: the call, the wait before the next update, and the wait for what is left at the end; what the writer takes
+of the cores is told apart, as the time by which the step under which it writes is longer. Rounds alternate, figures are
+medians. Needs 14 GB of disk in --folder and 10 GB of memory.
 """
 
 from __future__ import annotations
@@ -27,9 +27,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).parent))
+
 import numpy as np
 import torch
 import torch.distributed as dist
+from matmul import emulates_bf16
 
 from perilune.parallel import mesh as meshes
 from perilune.pretrain import checkpoint, optimizer, presets, rules
@@ -101,6 +104,8 @@ class Training:
 
 def saves(folder: Path, rounds: int) -> list[dict[str, object]]:
     config = presets.get("proxy_100m")
+    if emulates_bf16():
+        config = replace(config, precision=Precision(compute="fp32"))
     with built(config) as net:
         training = Training(config, net)
         for _ in range(2):

@@ -9,7 +9,8 @@ the median of the rounds'. Each rival runs in every way in which its user might,
 DeepseekV3ForCausalLM with SDPA, its expert implementations (`batched_mm` is left out: it copies the chosen experts'
 weights for every token, 52 GB here) and torch's fused AdamW, in bf16 both with autocast over fp32 weights and all in
 bf16; Megatron-core as tests/bench/megatron_local.py says, in bf16 with fp32 masters, as Perilune always has them.
-`matmul fraction` is model FLOPs a second over the rate of a large matmul, measured in every round. Memory (rss) is the
+`matmul fraction` is model FLOPs a second over the rate of a large matmul, the median of a second's before every step of
+ours: as much of it as of the step falls into moments when others take the cores. Memory (rss) is the
 peak resident size of a process of its own that takes two steps; transformers' in bf16 is that with autocast, whose
 weights and optimizer state are fp32 like ours.
 """
@@ -41,6 +42,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
+from matmul import emulates_bf16, matmul_rate
 from safetensors.torch import save_file
 
 from perilune.parallel import mesh as meshes
@@ -116,25 +118,6 @@ def timed(step: Step) -> float:
     began = time.perf_counter()
     step()
     return time.perf_counter() - began
-
-
-def matmul_rate(dtype: torch.dtype, size: int = 2048) -> float:
-    a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
-    a @ b
-    times = []
-    for _ in range(5):
-        began = time.perf_counter()
-        a @ b
-        times.append(time.perf_counter() - began)
-    return 2 * size**3 / min(times)
-
-
-def emulates_bf16() -> bool:
-    """Whether this CPU multiplies bf16 far slower than fp32 (AVX2 alone: 1/20), so that a step would take minutes."""
-    single, half = (matmul_rate(dtype, 256) / 1e9 for dtype in (torch.float32, torch.bfloat16))
-    if slow := half < single / 8:
-        print(f"bf16: not measured, for this CPU multiplies it at {half:.1f} GFLOP/s, fp32 at {single:.0f}", flush=True)
-    return slow
 
 
 def fastest(rival: str, ways: Iterable[tuple[str, Callable[[], Step]]], loss: float, apart: float) -> tuple[str, Step]:

@@ -1,0 +1,28 @@
+"""How fast this machine multiplies: what other figures are fractions of."""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import torch
+
+
+def matmul_rate(dtype: torch.dtype, size: int = 2048) -> float:
+    """FLOP/s: the median of the matmuls that one second holds, and of five at least."""
+    a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
+    a @ b
+    times: list[float] = []
+    while len(times) < 5 or sum(times) < 1:
+        began = time.perf_counter()
+        a @ b
+        times.append(time.perf_counter() - began)
+    return 2 * size**3 / statistics.median(times)
+
+
+def emulates_bf16() -> bool:
+    """Whether this CPU multiplies bf16 far slower than fp32 (AVX2 alone: 1/20), so that a step would take minutes."""
+    single, half = (matmul_rate(dtype, 256) / 1e9 for dtype in (torch.float32, torch.bfloat16))
+    if slow := half < single / 8:
+        print(f"bf16: not measured, for this CPU multiplies it at {half:.1f} GFLOP/s, fp32 at {single:.0f}", flush=True)
+    return slow
