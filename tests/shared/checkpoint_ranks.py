@@ -16,10 +16,11 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from perilune.parallel import mesh as meshes
-from perilune.pretrain import checkpoint, checkpoint_files, model, optimizer, presets, rules
+from perilune.pretrain import checkpoint, checkpoint_files, model, presets, rules
 from perilune.pretrain.data.collate import collate
 from perilune.pretrain.data.shard import Row
 from perilune.pretrain.objective import next_token
+from perilune.pretrain.optim import optimizer
 from perilune.pretrain.schema import Config, Parallel, Precision
 from perilune.pretrain.step import train_step
 from perilune.pretrain.timetable import StepPlan
