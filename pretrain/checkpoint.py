@@ -272,8 +272,8 @@ def _compare(path: Path, tensors: dict[str, Any], metadata: Any, with_optimizer:
             complaints.append(f"{key} is {_told(held[key])} in it and {_told(asked[key])} here")
     if complaints:
         raise CheckpointError(
-            f"{path} is not of this model: {'; '.join(complaints[:_NAMED])}. Set model.* and precision.compute as it "
-            "was saved"
+            f"{path} is not of this model: {'; '.join(complaints[:_NAMED])}. Set model.*, optim.name and "
+            "precision.compute as it was saved"
         )
 
 

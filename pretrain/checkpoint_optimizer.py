@@ -1,7 +1,8 @@
 """An optimizer's moments and masters as sharded tensors, in the shape and under the name of their weight, and back.
 
 What is saved is never gathered: the distributed optimizer's ranks each hold ranges of flattened weights, and a range is
-a few boxes of its weight. What is loaded is Megatron-core's fully reshardable form, which reads any boxes.
+a few boxes of its weight. What is loaded is any boxes, into the whole of each weight of which a rank holds a range. A
+weight has the state that its optimizer gives it: AdamW two moments, Muon one momentum.
 """
 
 from __future__ import annotations
@@ -9,13 +10,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 
 from perilune.pretrain.agreement import Ranks
 
@@ -26,7 +27,7 @@ _PLAIN_MASTER = "optimizer.state.fp32_param."  # ...and as the plain mixed-preci
 _STATE = re.compile(r"^optimizer\.state\.[^.]+\.")  # stands before a weight's key
 
 
-def _optimizers(optimizer: Any) -> list[Any]:
+def optimizers(optimizer: Any) -> list[Any]:
     """The optimizers in Megatron-core's chain that hold parameters of this rank."""
     chain = getattr(optimizer, "chained_optimizers", [optimizer])
     return [one for one in chain if not getattr(one, "is_stub_optimizer", False)]
@@ -34,7 +35,7 @@ def _optimizers(optimizer: Any) -> list[Any]:
 
 def _begin(optimizer: Any) -> None:
     """Give a new optimizer the zero moments and step count that its first step would give it."""
-    for one in _optimizers(optimizer):
+    for one in optimizers(optimizer):
         if getattr(one, "grad_scaler", None) is not None:
             raise TypeError("dynamic loss scaling (fp16) is not built: its scale would be lost")
         one.init_state_fn(one.optimizer, one.config)
@@ -51,7 +52,7 @@ def _counts_by_parameter(one: Any) -> bool:
 def adam_step(optimizer: Any, ranks: Ranks) -> int:
     """The step count that all parameters of all ranks share. Raises ValueError if they do not."""
     counts: set[int] = set()
-    for one in _optimizers(optimizer):
+    for one in optimizers(optimizer):
         if _counts_by_parameter(one):
             counters = list(one.optimizer.state.values())
         else:  # a group without parameters on this rank is not counted up
@@ -71,7 +72,7 @@ def sharded_state(optimizer: Any, model_state: dict[str, Any], *, loading: bool)
     """
     _begin(optimizer)
     state: dict[int, Any] = {}
-    for index, one in enumerate(_optimizers(optimizer)):
+    for index, one in enumerate(optimizers(optimizer)):
         if _is_distributed(one):
             state[index] = _to_load(one, model_state) if loading else _to_save(one, model_state)
         else:
@@ -82,38 +83,74 @@ def sharded_state(optimizer: Any, model_state: dict[str, Any], *, loading: bool)
     return state
 
 
-def _to_load(one: Any, model_state: dict[str, Any]) -> dict[str, Any]:
-    """What the distributed optimizer wants filled.
+def _states(one: Any) -> Iterator[tuple[torch.nn.Parameter, slice, dict[str, torch.Tensor]]]:
+    """(weight, range of its elements, name -> what the distributed optimizer has of them here, flat)."""
+    for weight, parameter, start, end in ranges(one):
+        own = {} if weight.dtype is torch.float32 else {"param": parameter}
+        own |= {name: t for name, t in one.optimizer.state[parameter].items() if name != "step" and torch.is_tensor(t)}
+        yield weight, slice(start, end), {name: flat.detach().view(-1) for name, flat in own.items()}
 
-    It is asked for its tensors alone: the rest of its state (distrib_optimizer.py, state_dict) cannot be had in 0.19.2
-    on a rank that holds no parameter of it, as a pipeline stage without experts.
+
+def _to_load(one: Any, model_state: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """What is to be filled for the distributed optimizer: the weights, whole, of which it holds a range here.
+
+    (Megatron-core's own form asks for AdamW's moments of all weights, whatever the optimizer, and for all of a buffer
+    where a rank holds a range.)
     """
-    weights = {entry.key: entry.data for entry in nested_values(model_state)}
-    with _padding_counted(one):
-        part = {"param_state": one.sharded_param_state_fully_reshardable(model_state, True, {})}
-    for tensors in part["param_state"].values():
-        weight = weights[tensors["param"].key.removeprefix(_MASTER)]
-        if weight.dtype is torch.float32:
-            tensors["param"] = LocalNonpersistentObject(weight.detach())
-    return part
+    entries = {entry.data: entry for entry in nested_values(model_state)}
+    return {
+        number: {
+            name: make_sharded_optimizer_tensor(
+                entries[weight], flat.new_empty(weight.shape), prefix=f"optimizer.state.{name}"
+            )
+            for name, flat in own.items()
+        }
+        for number, (weight, _, own) in enumerate(_states(one))
+    }
 
 
 def _to_save(one: Any, model_state: dict[str, Any]) -> list[ShardedTensor]:
     """The boxes of all weights of which the distributed optimizer holds moments and masters on this rank."""
     entries = {entry.data: entry for entry in nested_values(model_state)}
     found: list[ShardedTensor] = []
-    for weight in one.model_param_group_index_map:
-        held = one._get_model_param_range_map(weight)["param"]
-        parts = _parts(entries[weight])
-        for name, flat in one._get_main_param_and_optimizer_states(weight).items():
-            if name == "step" or (name == "param" and weight.dtype is torch.float32):
-                continue
-            at = 0
-            for start, sizes in boxes(held.start, held.end, tuple(weight.shape)):
-                values = flat.detach().view(-1)[at : at + math.prod(sizes)].view(sizes)
-                at += values.numel()
-                found += _placed(parts, name, start, values)
+    for weight, held, own in _states(one):
+        parts = parts_of(entries[weight])
+        for name, flat in own.items():
+            for start, values in views(flat, held.start, held.stop, tuple(weight.shape)):
+                found += _stored(parts, name, start, values)
     return found
+
+
+def ranges(one: Any) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor, int, int]]:
+    """(weight, the parameter that is optimized, the range of the weight's elements that it is), all on this rank.
+
+    The parameter is the weight, its fp32 master, or with ZeRO-1 a flat range of either.
+    """
+    if _is_distributed(one):
+        for weight, (group, order) in one.model_param_group_index_map.items():
+            held = one._get_model_param_range_map(weight)["param"]
+            yield weight, one.optimizer.param_groups[group]["params"][order], held.start, held.end
+        return
+    masters = {
+        id(master): weight
+        for weights, group in zip(
+            getattr(one, "float16_groups", []), getattr(one, "fp32_from_float16_groups", []), strict=True
+        )
+        for weight, master in zip(weights, group, strict=True)
+    }
+    for parameter in one.get_parameters():
+        yield masters.get(id(parameter), parameter), parameter, 0, parameter.numel()
+
+
+def views(
+    flat: torch.Tensor, start: int, end: int, shape: tuple[int, ...]
+) -> Iterator[tuple[tuple[int, ...], torch.Tensor]]:
+    """(where it begins in a weight of `shape`, view of `flat`) of the boxes that are elements `start` to `end`."""
+    flat, at = flat.detach().view(-1), 0
+    for begin, sizes in boxes(start, end, shape):
+        values = flat[at : at + math.prod(sizes)].view(sizes)
+        at += values.numel()
+        yield begin, values
 
 
 def boxes(start: int, end: int, shape: tuple[int, ...]) -> Iterator[Box]:
@@ -138,7 +175,7 @@ def _in_row(row: int, start: int, end: int, shape: tuple[int, ...]) -> Iterator[
         yield (row, *offsets), (1, *sizes)
 
 
-def _parts(entry: ShardedTensor | ShardedTensorFactory) -> list[tuple[ShardedTensor, int, int]]:
+def parts_of(entry: ShardedTensor | ShardedTensorFactory) -> list[tuple[ShardedTensor, int, int]]:
     """(part, dim, where along dim it begins in this rank's weight) of the global slices in which a weight is stored.
 
     More than one where a factory cuts it along a dim (gate and up, which lie apart in the global tensor).
@@ -150,10 +187,10 @@ def _parts(entry: ShardedTensor | ShardedTensorFactory) -> list[tuple[ShardedTen
     return [(part, dim, sum(before.local_shape[dim] for before in stored[:i])) for i, part in enumerate(stored)]
 
 
-def _placed(
-    parts: list[tuple[ShardedTensor, int, int]], name: str, start: tuple[int, ...], values: torch.Tensor
-) -> Iterator[ShardedTensor]:
-    """`values`, a box at `start` of this rank's weight, in the global tensors of the state `name`."""
+def placed(
+    parts: list[tuple[ShardedTensor, int, int]], start: tuple[int, ...], values: torch.Tensor
+) -> Iterator[tuple[ShardedTensor, tuple[int, ...], torch.Tensor]]:
+    """(part, offset, view) of the boxes of global tensors that are `values`, a box at `start` of this rank's weight."""
     for part, dim, begin in parts:
         low, high = max(start[dim], begin), min(start[dim] + values.shape[dim], begin + part.local_shape[dim])
         if low >= high:
@@ -161,14 +198,23 @@ def _placed(
         local = [low - begin if d == dim else offset for d, offset in enumerate(start)]
         offsets = [0] * part.prepend_axis_num + local
         cut = values.narrow(dim, low - start[dim], high - low)
-        cut = cut.reshape(*(1,) * part.prepend_axis_num, *cut.shape)
+        for _ in range(part.prepend_axis_num):
+            cut = cut.unsqueeze(0)
+        yield part, tuple(a + b for a, b in zip(part.global_offset, offsets, strict=True)), cut
+
+
+def _stored(
+    parts: list[tuple[ShardedTensor, int, int]], name: str, start: tuple[int, ...], values: torch.Tensor
+) -> Iterator[ShardedTensor]:
+    """`values`, a box at `start` of this rank's weight, in the global tensors of the state `name`."""
+    for part, offset, cut in placed(parts, start, values):
         yield ShardedTensor(
             key=f"optimizer.state.{name}.{part.key}",
             data=cut,
             dtype=cut.dtype,
             local_shape=tuple(cut.shape),
             global_shape=part.global_shape,
-            global_offset=tuple(a + b for a, b in zip(part.global_offset, offsets, strict=True)),
+            global_offset=offset,
             axis_fragmentations=None,  # boxes make no regular grid
             replica_id=(*part.replica_id[:2], 0),  # no other data-parallel rank holds it
         )
@@ -200,7 +246,7 @@ def begin_where(state: dict[int, Any], model_state: dict[str, Any], new: Callabl
 
 def masters_of_weights(optimizer: Any) -> None:
     """Let each 16-bit weight's master be one that rounds to it: where another run's does not, the weight itself."""
-    for one in _optimizers(optimizer):
+    for one in optimizers(optimizer):
         distributed = _is_distributed(one)
         weights = one.shard_float16_groups if distributed else getattr(one, "float16_groups", [])
         masters = one.shard_fp32_from_float16_groups if distributed else getattr(one, "fp32_from_float16_groups", [])
@@ -210,25 +256,6 @@ def masters_of_weights(optimizer: Any) -> None:
                 master.data.copy_(torch.where(fits, master.data, weight.data.float()))
 
 
-@contextmanager
-def _padding_counted(one: Any) -> Iterator[None]:
-    """Let the distributed optimizer find its tensors where several buckets make a buffer.
-
-    Megatron-core 0.19.2 gathers each bucket without the padding at its end, but cuts by offsets that count it: what
-    lies behind the first padded bucket is saved shifted (an MTP stage's embedding, say), with no more than a warning.
-    """
-    kept = [(part, part.numel_unpadded) for buffer in one.buffers for part in (buffer, *buffer.buckets)]
-    for buffer in one.buffers:
-        buffer.numel_unpadded = buffer.numel
-        for bucket in buffer.buckets:
-            bucket.numel_unpadded = bucket.grad_data.numel()
-    try:
-        yield
-    finally:
-        for part, size in kept:
-            part.numel_unpadded = size
-
-
 def _is_distributed(one: Any) -> bool:
     return hasattr(one, "sharded_param_state_fully_reshardable")
 
@@ -236,17 +263,16 @@ def _is_distributed(one: Any) -> bool:
 def load_state(optimizer: Any, state: dict[int, Any], step: int) -> None:
     """Put loaded moments and masters into the optimizers of the chain, all at Adam step `step`.
 
-    Megatron-core 0.19.2 wants a "step" among the tensors of torch's AdamW that it has not saved (distrib_optimizer.py,
-    _set_main_param_and_optimizer_states); its plain optimizers want it as "common_step".
+    Megatron-core 0.19.2's plain optimizers want the "step" of torch's AdamW as "common_step".
     """
-    for index, one in enumerate(_optimizers(optimizer)):
+    for index, one in enumerate(optimizers(optimizer)):
         if not one.get_parameters():  # this rank holds none of its weights
             continue
         part = state[index]
         if _is_distributed(one):
-            for moments in one.optimizer.state.values():
-                moments.pop("step", None)
-            one.load_parameter_state_from_fully_reshardable(part["param_state"])
+            for number, (_, held, own) in enumerate(_states(one)):
+                for name, flat in own.items():
+                    flat.copy_(part[number][name].view(-1)[held])
         else:
             if _counts_by_parameter(one):
                 part.get("optimizer", part)["state"]["common_step"] = torch.tensor(float(step))

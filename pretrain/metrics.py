@@ -77,6 +77,8 @@ class RunLog:
             "memory": result.memory,
             **self._validated,
         }
+        if result.update_rms is not None:
+            entry["update_rms"] = result.update_rms
         if result.pairs is not None:
             names = ("contrastive_loss", "pairs", "contrastive_scale", "contrastive_bias")
             entry |= {name: getattr(result, name) for name in names}

@@ -68,8 +68,6 @@ def _not_built(config: Config) -> list[str]:
         problems.append("precision.fp8=emulated is not built yet; use precision.fp8=off")
     elif precision.fp8 != "off" and precision.compute != "bf16":
         problems.append(f"precision.fp8={precision.fp8} needs precision.compute=bf16, not {precision.compute}")
-    if config.optim.name != "adamw":
-        problems.append(f"optim.name={config.optim.name} is not built yet; use optim.name=adamw")
     if p.dispatcher in FLEX_BACKENDS and p.ep * p.etp == 1:
         problems.append(
             f"parallel.dispatcher={p.dispatcher} sends tokens between expert-parallel ranks, and parallel.ep*etp = 1; "
@@ -122,6 +120,7 @@ def _batch(config: Config) -> list[str]:
     ranges = {
         "optim.lr": (o.lr, 0, 1e3),
         "data.caption_noise": (config.data.caption_noise, 0, 1),
+        "optim.momentum": (o.momentum, 0, 1),
         "optim.beta1": (o.beta1, 0, 1),
         "optim.beta2": (o.beta2, 0, 1),
         "optim.eps": (o.eps, 0, 1),

@@ -11,7 +11,7 @@ from megatron.core import parallel_state
 from perilune.kernels import attention
 from perilune.parallel import mesh as meshes
 from perilune.parallel import precision
-from perilune.pretrain import carry_over, checkpoint, model, optimizer, rules, vital_signs
+from perilune.pretrain import carry_over, checkpoint, model, rules, vital_signs
 from perilune.pretrain.checkpoint_saver import Saver
 from perilune.pretrain.data.batch import PackedBatch
 from perilune.pretrain.data.dealing import cost_model
@@ -21,6 +21,7 @@ from perilune.pretrain.errors import Preempted
 from perilune.pretrain.meter import Meter
 from perilune.pretrain.metrics import RunLog
 from perilune.pretrain.objective import next_token
+from perilune.pretrain.optim import optimizer
 from perilune.pretrain.profiling import Trace, explain_out_of_memory
 from perilune.pretrain.report import environment
 from perilune.pretrain.schema import Config

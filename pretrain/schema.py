@@ -139,8 +139,9 @@ class Data:
 
 @dataclass(frozen=True)
 class Optim:
-    name: Literal["adamw", "muon"] = "adamw"
+    name: Literal["adamw", "muon"] = "adamw"  # muon: for matrices, and AdamW for the rest (arXiv 2502.16982)
     lr: float = 3e-4  # the peak
+    momentum: float = 0.95  # Muon's, Nesterov's kind; betas and eps are AdamW's
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8

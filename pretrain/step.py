@@ -29,6 +29,7 @@ from perilune.pretrain.data.batch import PackedBatch
 from perilune.pretrain.data.pairs import pairs_of
 from perilune.pretrain.model import Model
 from perilune.pretrain.objective import Objective, captions_and_pairs
+from perilune.pretrain.optim.optimizer import update_rms
 from perilune.pretrain.timetable import StepPlan
 
 
@@ -44,6 +45,7 @@ class StepResult:
     load_LE: torch.Tensor | None  # routed tokens of each expert of each expert layer, global
     memory: int  # bytes: the largest rank's peak (allocated on GPU, resident on CPU)
     stop: bool  # some rank was asked to stop
+    update_rms: float | None = None  # mean over Muon's matrices, before the learning rate; None without, or if skipped
     contrastive_loss: float | None = None  # mean over the global batch's pairs, nats; None without pairs
     pairs: int | None = None  # of the global batch; None where images are compared with nothing
     contrastive_scale: float | None = None  # what cosines are multiplied by
@@ -151,9 +153,11 @@ def train_step(
     if bad:
         for (_, router), bias in zip(routers, biases, strict=True):
             router.expert_bias.copy_(bias)
+        rms = None
     else:
         before_update()
         _update(optimizer, norm, clip)
+        rms = update_rms(optimizer)
     means = (sums[0] / sums[1].clamp(min=1)).tolist()
     used = load_LE.sum(-1) > 0
     balanced = bool(used.any()) and model.scales()[0].alpha > 0
@@ -166,6 +170,7 @@ def train_step(
         load_LE=load_LE[used] if bool(used.any()) else None,
         memory=memory,
         stop=stop,
+        update_rms=rms,
         contrastive_loss=_mean(found.pairs),
         pairs=int(found.pairs[1]) if model.contrastive else None,
         contrastive_scale=found.scale[0] if found.scale else None,

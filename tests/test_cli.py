@@ -129,14 +129,14 @@ def test_bad_words_exit_2(monkeypatch: pytest.MonkeyPatch, words: list[str], say
     [
         (["--nproc", "8", "parallel.tp=8"], "parallel.tp=8; of the degrees near it [1, 2, 4] divide"),
         (["train.global_batch_size=6", "train.micro_batch_size=4"], "near it are 4 and 8"),
-        (["optim.name=muon"], "use optim.name=adamw"),
+        (["parallel.cuda_graphs=true"], "set it to false"),
     ],
 )
 def test_a_dry_run_says_what_would_be_possible(words: list[str], says: str) -> None:
     done = CliRunner().invoke(main, ["train", "tiny", "--dry-run", *words])
     assert done.exit_code == 2
     assert says in done.stderr
-    assert ("length: " in done.stdout) == (words == ["optim.name=muon"])  # what is not built can be planned
+    assert ("length: " in done.stdout) == (words == ["parallel.cuda_graphs=true"])  # what is not built can be planned
 
 
 def test_parity_refuses_a_folder_that_cannot_be_before_it_starts(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from perilune.pretrain.errors import InputError
         (["precision.compute=fp16"], ["precision.compute=fp16", "bf16"]),
         (["precision.fp8=emulated"], ["precision.fp8=emulated", "precision.fp8=off"]),
         (["precision.fp8=blockwise"], ["precision.fp8=blockwise", "precision.compute=bf16"]),
-        (["optim.name=muon"], ["optim.name=muon", "adamw"]),
+        (["optim.name=muon", "optim.momentum=1.5"], ["optim.momentum=1.5", "between 0 and 1"]),
         (["parallel.cp=4", "data.seq_len=60"], ["2 x 4", "data.seq_len=60", "56 and 64"]),
         (["parallel.dispatcher=flex"], ["flex", "alltoall"]),
         (

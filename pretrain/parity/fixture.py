@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from perilune.pretrain.schema import Config, Model, Optim, Parallel
 
 ROWS, SEQ_LEN, STEPS = 8, 32, 3
 MTP_WEIGHT, BIAS_SPEED = 0.3, 1e-5
+LR = {"adamw": 1.5e-6, "muon": 5e-6}  # a matrix moves about as far by either: Muon's updates are 0.2 of the rate
 MARGIN = 1e-4  # between the last choice taken and the first one left, at every step of the one rank
 _DRAWN_MARGIN = 1e-3  # of the weights drawn, so that MARGIN is left after some steps
 _TRIES = 100_000
@@ -53,7 +54,7 @@ _GRIDS = {1: [(2, 4)], 2: [(4, 2), (2, 2)], 3: [(4, 6)], 6: [(2, 2), (6, 4), (2,
 NAMES = tuple(_MODELS)
 
 
-def config(name: str) -> Config:
+def config(name: str, optimizer: Literal["adamw", "muon"] = "adamw") -> Config:
     """The run of a fixture, on one rank."""
     base = presets.get("tiny")
     return replace(
@@ -65,7 +66,7 @@ def config(name: str) -> Config:
         data=replace(base.data, seq_len=SEQ_LEN, document_mask=name != "whole-rows"),
         # Steps so small that choices keep their margin; eps above the rounding noise of a gradient of almost nothing,
         # which Adam would make a whole step of; clip below the norm, so that clipping is compared too.
-        optim=Optim(lr=1.5e-6, eps=1e-6, clip=0.5),
+        optim=Optim(name=optimizer, lr=LR[optimizer], eps=1e-6, clip=0.5),
         parallel=Parallel(),
     )
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from itertools import product
+from typing import Literal
 
 from perilune.pretrain import rules
 from perilune.pretrain.errors import InputError
@@ -26,6 +27,7 @@ class Case:
     recompute: Recompute = field(default_factory=Recompute)
     fixture: str = "base"
     micro_batch_size: int = 1
+    optimizer: Literal["adamw", "muon"] = "adamw"
 
     @property
     def name(self) -> str:
@@ -41,13 +43,14 @@ class Case:
         words += [] if self.recompute.granularity == "none" else ["recompute"]
         words += ["full"] if self.recompute.granularity == "full" else ["+".join(self.recompute.modules)]
         words += [f"micro{self.micro_batch_size}"] if self.micro_batch_size != 1 else []
+        words += [] if self.optimizer == "adamw" else [self.optimizer]
         words += [] if self.fixture == "base" else [f"({self.fixture})"]
         return " ".join(word for word in words if word) or "one rank"
 
     @property
     def config(self) -> Config:
         """The run's config of this case."""
-        base = fixture.config(self.fixture)
+        base = fixture.config(self.fixture, self.optimizer)
         return replace(
             base,
             parallel=self.parallel,
@@ -66,7 +69,8 @@ class Case:
 
 def matrix(max_procs: int = 8) -> list[Case]:
     """Every case of at most `max_procs` processes, small ones first."""
-    found = {case.name: case for case in [*_products(max_procs), *_variants(), *_recomputed(), *_settings()]}
+    every = [*_products(max_procs), *_variants(), *_recomputed(), *_settings(), *_muon()]
+    found = {case.name: case for case in every}
     return sorted((c for c in found.values() if c.world <= max_procs and not c.refusal()), key=lambda c: c.world)
 
 
@@ -140,3 +144,24 @@ def _settings() -> list[Case]:
     cases += [Case(2, Parallel(pp=2, vpp=2, layout=layout)) for layout in ("Et|t|t|tmL", "E|tt|t|tmL")]
     cases += [Case(world, parallel, micro_batch_size=4) for world, parallel in _AXES[:2] + _AXES[4:6]]
     return cases
+
+
+def _muon() -> list[Case]:
+    """Muon on each axis, with what it cuts differently: no query latent, fused queries, keys and values of a tower."""
+    layouts = [
+        (1, Parallel()),
+        *_AXES,
+        (2, Parallel(zero1=False)),
+        (2, Parallel(tp=2, zero1=False)),
+        (2, Parallel(etp=2)),
+        (2, Parallel(tp=2, etp=2)),
+        (2, Parallel(ep=2, zero1=False)),
+        (4, Parallel()),
+        (4, Parallel(etp=2)),  # experts split and copied
+        (4, Parallel(tp=2)),
+        (8, Parallel(tp=2, pp=2)),
+    ]
+    cases = [Case(world, parallel, micro_batch_size=2 if world < 8 else 1) for world, parallel in layouts]
+    seen = ((2, Parallel()), (2, Parallel(tp=2)), (4, Parallel(tp=2, cp=2, ep=4)))
+    cases += [Case(world, p, fixture=name, micro_batch_size=2) for name in ("moonlight", "vlm") for world, p in seen]
+    return [replace(case, optimizer="muon") for case in cases]

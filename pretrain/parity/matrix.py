@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -75,7 +75,7 @@ class Matrix:
 
     def __init__(self, workers: Workers, folder: Path) -> None:
         self._workers, self._folder = workers, folder
-        self._one_rank: dict[str, OneRank] = {}
+        self._one_rank: dict[tuple[str, str], OneRank] = {}
 
     def run(self, cases: Iterable[Case]) -> Iterator[Result]:
         """Each case's result as it comes."""
@@ -86,7 +86,7 @@ class Matrix:
         """One case beside one rank; `train` (with `extra` before its arguments) may be one with a planted error."""
         began = time.perf_counter()
         try:
-            one = self.one_rank(case.fixture)
+            one = self.one_rank(case.fixture, case.optimizer)
             batch = fixture.batches(case.fixture, case.micro_batch_size)
             ranks = self._workers.run(case.world, train, *extra, case.config, one.weights, batch, fixture.STEPS)
         except (WorkerError, FixtureError) as error:
@@ -94,13 +94,13 @@ class Matrix:
         found, worst = deviations(case, one, ranks)
         return Result(case.name, case.world, time.perf_counter() - began, found, worst)
 
-    def one_rank(self, name: str) -> OneRank:
+    def one_rank(self, name: str, optimizer: Literal["adamw", "muon"] = "adamw") -> OneRank:
         """What all layouts of a fixture are compared with.
 
         Raises FixtureError where a choice of experts is won by less than the margin: rounding could decide it.
         """
-        if name not in self._one_rank:
-            config = fixture.config(name)
+        if (name, optimizer) not in self._one_rank:
+            config = fixture.config(name, optimizer)
             whole = fixture.batches(name, fixture.ROWS)
             start = probe.named(config, self._workers.run(1, probe.draw, config, whole[0]))
             path = self._folder / f"{name}.pt"
@@ -108,7 +108,7 @@ class Matrix:
             (trained,) = self._workers.run(1, probe.train, config, str(path), whole, fixture.STEPS)
             if trained.margin < fixture.MARGIN:
                 raise FixtureError(f"fixture {name}: a choice of experts is won by {trained.margin:.1e} only")
-            self._one_rank[name] = OneRank(
+            self._one_rank[name, optimizer] = OneRank(
                 str(path),
                 start,
                 trained,
@@ -116,7 +116,7 @@ class Matrix:
                 probe.named(config, [trained.biases], part=True),
                 probe.named(config, [trained.weights], part=True),
             )
-        return self._one_rank[name]
+        return self._one_rank[name, optimizer]
 
 
 def deviations(case: Case, one: OneRank, ranks: list[probe.Trained]) -> tuple[dict[str, float], str]:

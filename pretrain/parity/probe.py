@@ -18,10 +18,11 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from perilune.moe.router import Router
 from perilune.parallel import mesh as meshes
 from perilune.pretrain import model as models
-from perilune.pretrain import optimizer, rules, step
+from perilune.pretrain import rules, step
 from perilune.pretrain.data.batch import PackedBatch
 from perilune.pretrain.hf.table import Block, blocks
 from perilune.pretrain.objective import next_token
+from perilune.pretrain.optim import optimizer
 from perilune.pretrain.parity import fixture
 from perilune.pretrain.plan import vision_counts
 from perilune.pretrain.schema import Config

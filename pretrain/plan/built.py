@@ -8,6 +8,7 @@ import torch.distributed as dist
 from perilune.parallel import mesh as meshes
 from perilune.pretrain import model as models
 from perilune.pretrain import rules
+from perilune.pretrain.optim.matrices import is_muons
 from perilune.pretrain.plan.ranks import RankCount
 from perilune.pretrain.schema import Config
 
@@ -40,4 +41,5 @@ def count_rank(config: Config, world: int, pp_rank: int) -> RankCount:
         embedding=size("word_embeddings"),
         head=size("output_layer"),
         router_bias=sum(bias.numel() for bias in biases),
+        vectors=sum(p.numel() for name, p in named if not is_muons(name, p.ndim)),
     )

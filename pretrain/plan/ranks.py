@@ -24,6 +24,7 @@ class RankCount:
     embedding: int  # of `dense`: the word embedding, with MTP's copy where the stage is not the first
     head: int  # of `dense`: the output matrix, with a tied embedding's copy
     router_bias: int
+    vectors: int  # of `dense`: what AdamW updates beside Muon: embedding, head, vectors, what reads pixels
 
     @property
     def total(self) -> int:
@@ -59,17 +60,22 @@ def _stage_count(model: Model, parallel: Parallel, stage: Stage, vision: Vision,
     has_it_already = model.tie_word_embeddings and embedding > 0
     head = vocabulary if stage.loss and not has_it_already else 0
     dense = sum(w.numel // (parallel.tp if w.over == "tp" else 1) for w in weights if w.over != "experts")
+    vectors = embedding + head + sum(w.numel for w in weights if len(w.shape) == 1)
     if stage.embedding:
         dense += vision_counts.per_rank(vision, model.hidden_size, parallel.tp)
         dense += vision_counts.contrastive_per_rank(contrastive, vision, model.vocab_size, parallel.tp)
+        vectors += vision_counts.vectors_per_rank(vision, model.hidden_size, parallel.tp)
+        vectors += vision_counts.contrastive_vectors_per_rank(contrastive, vision, model.vocab_size, parallel.tp)
     if stage.final_norm:
         dense += model.hidden_size
+        vectors += model.hidden_size
     return RankCount(
         dense=dense + embedding + head,
         experts=sum(w.numel // (parallel.ep * parallel.etp) for w in weights if w.over == "experts"),
         embedding=embedding,
         head=head,
         router_bias=sum(w.numel for layer in layers for w in layer_weights(model, layer) if w.part == "router_bias"),
+        vectors=vectors,
     )
 
 
@@ -98,7 +104,7 @@ class RankBytes:
 
     weights: float
     gradients: float
-    optimizer: float  # masters and two moments
+    optimizer: float  # masters, and two moments of AdamW's weights, one of Muon's
 
     @property
     def total(self) -> float:
@@ -113,12 +119,14 @@ def bytes_per_rank(
     compute: Literal["fp32", "bf16"],
     vision: Vision = NO_VISION,
     contrastive: Contrastive = NO_CONTRASTIVE,
+    optimizer: Literal["adamw", "muon"] = "adamw",
 ) -> RankBytes:
-    """Weights, FP32 gradients and AdamW's state of Megatron-core's distributed optimizer (ZeRO-1), in bytes.
+    """Weights, FP32 gradients and the state of Megatron-core's distributed optimizer (ZeRO-1), in bytes.
 
-    An element costs 4 for its weight in fp32 or 2 in bf16, 4 for its gradient, and 8 for the moments with 4 for the
-    FP32 master that bf16 needs. With `zero1` the optimizer's part is divided over the data-parallel ranks: for dense
-    weights world / (tp pp), context-parallel ranks included, for experts world / (pp ep etp).
+    An element costs 4 for its weight in fp32 or 2 in bf16, 4 for its gradient, and 8 for AdamW's moments or 4 for
+    Muon's, with 4 for the FP32 master that bf16 needs. With `zero1` the optimizer's part is divided over the
+    data-parallel ranks: for dense weights world / (tp pp), context-parallel ranks included, for experts world /
+    (pp ep etp). Beside Muon, AdamW's part is counted as if it were spread evenly.
 
     Raises InputError as `parameters_per_rank`, and where `world_size` does not divide by the degrees.
     """
@@ -131,13 +139,15 @@ def bytes_per_rank(
             f"{dense_product} and by pp x ep x etp = {parallel.pp} x {parallel.ep} x {parallel.etp} = {expert_product}"
         )
     weight = {"fp32": 4, "bf16": 2}[compute]
-    state = 8 if compute == "fp32" else 12
+    master = {"fp32": 0, "bf16": 4}[compute]
+    matrix = master + {"adamw": 8, "muon": 4}[optimizer]
+    dense = matrix * (count.dense - count.vectors) + (master + 8) * count.vectors
     dense_share = world_size // (parallel.tp * parallel.pp) if parallel.zero1 else 1
     expert_share = world_size // expert_product if parallel.zero1 else 1
     return RankBytes(
         weights=weight * count.total,
         gradients=4 * count.total,
-        optimizer=state * (count.dense / dense_share + count.experts / expert_share),
+        optimizer=dense / dense_share + matrix * count.experts / expert_share,
     )
 
 
@@ -149,7 +159,7 @@ def rank_table(config: Config, world_size: int) -> str:
     lines = [f"{'pipeline ranks':<16}{'dense':>18}{'experts':>18}{heads}"]
     for count, group in groupby(range(parallel.pp), key=lambda r: parameters_per_rank(model, parallel, r, *seen)):
         ranks = list(group)
-        held = bytes_per_rank(model, parallel, ranks[0], world_size, compute, *seen)
+        held = bytes_per_rank(model, parallel, ranks[0], world_size, compute, *seen, config.optim.name)
         name = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}"
         lines.append(
             f"{name:<16}{count.dense:>18,}{count.experts:>18,}"

@@ -71,7 +71,6 @@ def recompute_command(preset: str, overrides: tuple[str, ...], as_json: bool) ->
         parallel=Parallel(),
         recompute=Recompute(),
         train=replace(config.train, global_batch_size=rows),
-        optim=replace(config.optim, name="adamw"),  # no step is taken
     )
     rules.check(config, 1)
     rules.check_machine(config, torch.cuda.device_count())

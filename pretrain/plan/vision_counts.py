@@ -63,6 +63,21 @@ def per_rank(vision: Vision, text_hidden: int, tp: int) -> int:
     return parameters(vision, text_hidden).total - split + split // tp
 
 
+def _vectors(sizes: Vision | Contrastive, tp: int) -> int:
+    """Elements on a rank of all biases and norms of the blocks, and of the norm after them."""
+    H, F = sizes.hidden_size, sizes.intermediate_size
+    return sizes.num_layers * (2 * 2 * H + 2 * H + (3 * H + F) // tp) + 2 * H
+
+
+def vectors_per_rank(vision: Vision, text_hidden: int, tp: int) -> int:
+    """Elements of tower and projector on such a rank that Muon leaves to AdamW (`optim/matrices.py`)."""
+    if not vision.num_layers:
+        return 0
+    H, pixels = vision.hidden_size, 3 * vision.patch_size**2
+    embedding = pixels * H + H + vision.pos_emb_height * vision.pos_emb_width * H
+    return embedding + _vectors(vision, tp) + 2 * H + vision.merge_size**2 * H // tp + text_hidden
+
+
 @dataclass(frozen=True)
 class ContrastiveCount:
     """Parameters in numbers of elements."""
@@ -94,6 +109,15 @@ def contrastive_per_rank(contrastive: Contrastive, vision: Vision, vocab_size: i
     count = contrastive_parameters(contrastive, vision, vocab_size)
     split = count.text_embedding + _split(contrastive) if count.total else 0
     return count.total - split + split // tp
+
+
+def contrastive_vectors_per_rank(contrastive: Contrastive, vision: Vision, vocab_size: int, tp: int) -> int:
+    """Elements of it on a rank that Muon leaves to AdamW: embedding, biases, norms, the pools' queries, scale."""
+    count = contrastive_parameters(contrastive, vision, vocab_size)
+    if not count.total:
+        return 0
+    pools = sum(sizes.hidden_size * (sizes.num_attention_heads + 3) for sizes in (vision, contrastive))
+    return count.text_embedding // tp + _vectors(contrastive, tp) + pools + count.scale
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ def kimi_vl_a3b(stage: str = "joint") -> Config:
         and so on: cooldown, long_32k (rows of 32,768 tokens), long_128k (131,072), each --after the one before
 
     Published, and different here:
-    - Muon for all parts: it is asked for, and refused until it is built; add optim.name=adamw.
+    - Muon for all parts, as here; which weights of the tower it leaves to AdamW was not (`pretrain/optim/matrices.py`).
     - The encoders of the vision stage began as SigLIP-SO-400M's, its decoder as a small language model: here all are
       drawn. Images grow while it runs; here they are as they were packed. The decoder's sizes were not published: 12
       dense layers of 1024 are a guess.

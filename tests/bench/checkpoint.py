@@ -35,12 +35,13 @@ import torch.distributed as dist
 from matmul import emulates_bf16
 
 from perilune.parallel import mesh as meshes
-from perilune.pretrain import checkpoint, optimizer, presets, rules
+from perilune.pretrain import checkpoint, presets, rules
 from perilune.pretrain import model as models
 from perilune.pretrain.checkpoint_saver import Saver
 from perilune.pretrain.data.collate import collate
 from perilune.pretrain.data.shard import Row
 from perilune.pretrain.objective import next_token
+from perilune.pretrain.optim import optimizer
 from perilune.pretrain.schema import Config, Precision
 from perilune.pretrain.step import train_step
 from perilune.pretrain.timetable import StepPlan

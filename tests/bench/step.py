@@ -47,11 +47,12 @@ from safetensors.torch import save_file
 
 from perilune.parallel import mesh as meshes
 from perilune.pretrain import model as models
-from perilune.pretrain import optimizer, presets, rules
+from perilune.pretrain import presets, rules
 from perilune.pretrain.data.collate import collate
 from perilune.pretrain.data.shard import Row
 from perilune.pretrain.hf.config import config_to_hf
 from perilune.pretrain.objective import next_token
+from perilune.pretrain.optim import optimizer
 from perilune.pretrain.parity import probe
 from perilune.pretrain.plan.counts import flops_per_token
 from perilune.pretrain.schema import Config, Precision

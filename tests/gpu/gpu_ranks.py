@@ -22,13 +22,14 @@ from perilune.kernels import attention as attentions
 from perilune.kernels import experts as expert_kernels
 from perilune.parallel import mesh as meshes
 from perilune.parallel import precision
-from perilune.pretrain import checkpoint, meter, optimizer, rules
+from perilune.pretrain import checkpoint, meter, rules
 from perilune.pretrain import model as models
 from perilune.pretrain.data.batch import PackedBatch
 from perilune.pretrain.data.collate import collate
 from perilune.pretrain.data.shard import Row
 from perilune.pretrain.hf.table import blocks
 from perilune.pretrain.objective import next_token
+from perilune.pretrain.optim import optimizer
 from perilune.pretrain.parity import probe
 from perilune.pretrain.plan.counts import flops_per_token
 from perilune.pretrain.schema import Config

@@ -27,11 +27,12 @@ import torch.nn.functional as F
 from perilune.kernels import attention as attentions
 from perilune.parallel import mesh as meshes
 from perilune.parallel import precision
-from perilune.pretrain import meter, optimizer, presets, rules
+from perilune.pretrain import meter, presets, rules
 from perilune.pretrain import model as models
 from perilune.pretrain.data.collate import collate
 from perilune.pretrain.data.shard import Row
 from perilune.pretrain.objective import next_token
+from perilune.pretrain.optim import optimizer
 from perilune.pretrain.plan.counts import flops_per_token
 from perilune.pretrain.schema import Config, Parallel, Precision, Recompute
 from perilune.pretrain.step import train_step

@@ -45,7 +45,11 @@ tp2 cp2 dp2 ep4 allgather
 tp2 pp2 vpp2 cp2 ep2 micro2
 pp2 cp2 dp2 ep2 etp2 micro2
 """.strip().splitlines()
-SMALL = [name for name, case in ALL.items() if case.world <= 2 and "recompute" not in name]
+SMALL = [
+    name
+    for name, case in ALL.items()
+    if case.world <= 2 and "recompute" not in name and case.optimizer == "adamw"  # Muon's are in tests/optim
+]
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from perilune.pretrain.schema import Parallel, Recompute
 DP, EP = Case(2), Case(2, Parallel(ep=2))
 TP, PP, VPP, CP = (Case(2, Parallel(**degrees)) for degrees in ({"tp": 2}, {"pp": 2}, {"pp": 2, "vpp": 2}, {"cp": 2}))
 IMAGES = Case(2, fixture="vlm", micro_batch_size=2)
+MUON = Case(2, Parallel(tp=2), optimizer="muon")
 FULL = Case(1, recompute=Recompute("full"))
 PLANTED: tuple[tuple[Callable[[pytest.MonkeyPatch], None], Case, str], ...] = (  # and what at least must be out
     (mutations.mtp_by_micro_batch, DP, "gradient"),
@@ -42,6 +43,8 @@ PLANTED: tuple[tuple[Callable[[pytest.MonkeyPatch], None], Case, str], ...] = ( 
     (mutations.key_gradient_split, CP, "gradient"),
     (mutations.keys_out_of_order, CP, "loss"),
     (mutations.mtp_inside_the_cut, CP, "mtp"),
+    (mutations.pieces_lost, MUON, "update"),
+    (mutations.pieces_lost, replace(MUON, parallel=DP.parallel), "update"),
     (mutations.image_gradient_split, replace(IMAGES, parallel=TP.parallel), "gradient"),
     (mutations.images_see_each_other, IMAGES, "loss"),
     (mutations.images_by_the_cut, replace(IMAGES, parallel=CP.parallel), "loss"),

@@ -12,7 +12,7 @@ import torch
 from perilune.moe.backbone import packed_params
 from perilune.moe.decode import Decoder
 from perilune.parallel import mesh as meshes
-from perilune.pretrain import checkpoint, optimizer, presets
+from perilune.pretrain import checkpoint, presets
 from perilune.pretrain import config as configs
 from perilune.pretrain import model as models
 from perilune.pretrain.data.pairs import pairs_of
@@ -25,6 +25,7 @@ from perilune.pretrain.evaluate.load import Loaded, open_model
 from perilune.pretrain.evaluate.prompts import Picture, encode_prompts, read_picture, shown
 from perilune.pretrain.hf.verify_images import Prompt
 from perilune.pretrain.objective import next_token
+from perilune.pretrain.optim import optimizer
 from perilune.pretrain.schema import Contrastive, Data, Valid
 from perilune.pretrain.step import evaluate, train_step
 from perilune.pretrain.timetable import StepPlan

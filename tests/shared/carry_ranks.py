@@ -10,10 +10,11 @@ import torch
 import torch.distributed as dist
 
 from perilune.parallel import mesh as meshes
-from perilune.pretrain import carry_over, checkpoint, model, optimizer, presets, rules
+from perilune.pretrain import carry_over, checkpoint, model, presets, rules
 from perilune.pretrain import config as configs
 from perilune.pretrain.checkpoint_files import CheckpointError
 from perilune.pretrain.data.stream import open_stream
+from perilune.pretrain.optim import optimizer
 from perilune.pretrain.schema import Config, Contrastive, Data, Parallel, Precision
 
 CONTRASTIVE = Contrastive(

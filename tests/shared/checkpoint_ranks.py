@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import resource
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,10 +17,11 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from perilune.parallel import mesh as meshes
-from perilune.pretrain import checkpoint, checkpoint_files, model, optimizer, presets, rules
+from perilune.pretrain import checkpoint, checkpoint_files, model, presets, rules
 from perilune.pretrain.data.collate import collate
 from perilune.pretrain.data.shard import Row
 from perilune.pretrain.objective import next_token
+from perilune.pretrain.optim import optimizer
 from perilune.pretrain.schema import Config, Parallel, Precision
 from perilune.pretrain.step import train_step
 from perilune.pretrain.timetable import StepPlan
@@ -73,13 +75,15 @@ class Trainer:
 
     def digest(self) -> dict[str, str]:
         """SHA-256 of all that this rank holds: weights and biases, masters, moments, step counts."""
-        hashes = {name: hashlib.sha256() for name in ("weights", "masters", "exp_avg", "exp_avg_sq", "step")}
+        hashes: dict[str, Any] = defaultdict(hashlib.sha256)
         for chunk in self.model.bare():
             for name, value in sorted(chunk.state_dict().items()):
                 if isinstance(value, torch.Tensor):
                     hashes["weights"].update(name.encode() + _bytes(value))
         for one in self.optimizer.chained_optimizers:
             for group in one.optimizer.param_groups:
+                if "step" in group:
+                    hashes["step"].update(b"%d" % group["step"])
                 for weight in group["params"]:
                     hashes["masters"].update(_bytes(weight))
                     for name, value in one.optimizer.state[weight].items():

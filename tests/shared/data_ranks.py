@@ -12,7 +12,7 @@ from megatron.core import parallel_state
 from packed_rows import random_rows
 
 from perilune.parallel import mesh as meshes
-from perilune.pretrain import checkpoint, model, optimizer, presets, rules, schema
+from perilune.pretrain import checkpoint, model, presets, rules, schema
 from perilune.pretrain.data.batch import PackedBatch
 from perilune.pretrain.data.collate import collate
 from perilune.pretrain.data.dealing import cost_model
@@ -21,6 +21,7 @@ from perilune.pretrain.data.shard import Row
 from perilune.pretrain.data.stream import DataState, open_stream
 from perilune.pretrain.errors import InputError
 from perilune.pretrain.objective import next_token
+from perilune.pretrain.optim import optimizer
 from perilune.pretrain.schema import Config
 from perilune.pretrain.step import forward_backward, train_step
 from perilune.pretrain.timetable import StepPlan

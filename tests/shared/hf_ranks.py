@@ -10,11 +10,12 @@ import torch
 import torch.distributed as dist
 
 from perilune.parallel import mesh as meshes
-from perilune.pretrain import checkpoint, model, optimizer, rules
+from perilune.pretrain import checkpoint, model, rules
 from perilune.pretrain.data.collate import collate
 from perilune.pretrain.data.shard import Row
 from perilune.pretrain.hf import ours
 from perilune.pretrain.objective import next_token
+from perilune.pretrain.optim import optimizer
 from perilune.pretrain.schema import Config, Parallel, Precision
 from perilune.pretrain.step import train_step
 from perilune.pretrain.timetable import StepPlan

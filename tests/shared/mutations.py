@@ -27,6 +27,7 @@ from perilune.parallel import context
 from perilune.pretrain import step
 from perilune.pretrain.data.batch import PackedBatch
 from perilune.pretrain.objective import next_token
+from perilune.pretrain.optim.exchange import Exchange
 from perilune.pretrain.parity import probe
 from perilune.vision import moonvit, vlm
 
@@ -247,6 +248,16 @@ def images_by_the_cut(patch: Patch) -> None:
         return replace(found, features_F=found.features_F[inside], places_F=found.places_F[inside])
 
     patch.setattr(vlm, "images_of", wrong)
+
+
+def pieces_lost(patch: Patch) -> None:
+    """Muon: what other ranks hold of a matrix does not arrive, so that each part is made orthogonal by itself."""
+    right = Exchange.together
+
+    def wrong(self: Exchange, one: Any, *rest: Any) -> Any:
+        return right(self, replace(one, travels=False), *rest)
+
+    patch.setattr(Exchange, "together", wrong)
 
 
 def train(mutation: Callable[[Patch], None], *arguments: Any) -> probe.Trained:

@@ -16,10 +16,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from perilune.moe.backbone import packed_params
 from perilune.parallel import mesh as meshes
 from perilune.pretrain import model as models
-from perilune.pretrain import optimizer, rules, step
+from perilune.pretrain import rules, step
 from perilune.pretrain.data.batch import PackedBatch
 from perilune.pretrain.data.pairs import pairs_of
 from perilune.pretrain.objective import next_token
+from perilune.pretrain.optim import optimizer
 from perilune.pretrain.parity import fixture, probe
 from perilune.pretrain.rules import part_of
 from perilune.pretrain.schema import Config, Contrastive, Parallel, Precision

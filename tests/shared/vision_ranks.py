@@ -10,8 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from perilune.parallel import mesh as meshes
 from perilune.pretrain import model as models
-from perilune.pretrain import optimizer, presets, rules
+from perilune.pretrain import presets, rules
 from perilune.pretrain.objective import next_token
+from perilune.pretrain.optim import optimizer
 from perilune.pretrain.parity import fixture
 from perilune.pretrain.schema import Parallel, Recompute
 from perilune.pretrain.step import train_step
