@@ -14,6 +14,7 @@ import click
 from perilune.pretrain.data_cli import FOLDER, FOLDER_THERE, inspect, pack, tokenizer
 from perilune.pretrain.errors import InputError, Preempted
 from perilune.pretrain.launch_cli import jobs, launch
+from perilune.pretrain.scaling_cli import fit, predict, sweep
 
 FAILED, BAD_INPUT, PREEMPTED = 1, 2, 75  # 75: EX_TEMPFAIL of sysexits.h
 
@@ -464,30 +465,6 @@ def parity(ctx: click.Context, max_procs: int, model: str | None, out: Path, onl
     ctx.exit(parity_command(max_procs, out, model, only, dry_run))
 
 
-@main.command(short_help="Scaling laws of trials: best size, tokens and learning rate for any compute.")
-@click.argument("paths", metavar="CSV_OR_DIR...", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--out", type=FOLDER, required=True, help="A folder for fit.json, pictures and fit.html.")
-@click.option("--mixed", is_flag=True, help="Put together what says it has other tokenizers or other data.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the draws behind the intervals.")
-@click.option("--json", "as_json", is_flag=True, help="Print fit.json instead of a table.")
-@click.pass_context
-def fit(ctx: click.Context, paths: tuple[Path, ...], out: Path, mixed: bool, seed: int, as_json: bool) -> None:
-    """Fit scaling laws to training runs: IsoFLOP minima and their power laws, L(N, D) = E + A/N^alpha + B/D^beta, the
-    best learning rate and batch size over compute, and loss over compute, each constant with a 95% interval.
-
-    A CSV file's first line names its columns: params (then C = 6 N D) or flops_per_token (C = M D), tokens, loss, and
-    if it has them lr, batch_tokens, tokenizer, data. A folder is one with a trials.csv.
-
-    \b
-    Examples:
-      perilune fit trials.csv --out fits/first
-      perilune fit small.csv large.csv --out fits/both --json
-    """
-    from perilune.pretrain.scaling.fit_command import fit_command
-
-    ctx.exit(fit_command(paths, out, mixed=mixed, seed=seed, as_json=as_json))
-
-
 @main.command(short_help="All of it once, small.")
 @click.option("--vlm", is_flag=True, help="A vision-language model, stage after stage, on glyphs.")
 @click.option(
@@ -515,7 +492,7 @@ def demo(ctx: click.Context, vlm: bool, run_dir: Path | None) -> None:
     ctx.exit(run(run_dir or Path("runs/demo")))
 
 
-for command in (tokenizer, pack, inspect, launch, jobs):
+for command in (tokenizer, pack, inspect, launch, jobs, sweep, fit, predict):
     main.add_command(command)
 
 if __name__ == "__main__":
