@@ -143,6 +143,12 @@ def doctor(ctx: click.Context, cluster: bool, within: float, below: float, as_js
     "--nproc", type=click.IntRange(min=1), metavar="N", help="Processes to start here; none under RANK and WORLD_SIZE."
 )
 @click.option("--dry-run", is_flag=True, help="Print the resolved configuration, the layout and counts; train nothing.")
+@click.option(
+    "--plot",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE.png",
+    help="With --dry-run: draw the schedules over the run's tokens.",
+)
 @click.option("--profile", is_flag=True, help="Write a trace that Perfetto opens.")
 @click.option("--init-from", type=FOLDER_THERE, metavar="CHECKPOINT", help="Start from the weights of a checkpoint.")
 @click.option(
@@ -161,6 +167,7 @@ def train(
     run_dir: Path | None,
     nproc: int | None,
     dry_run: bool,
+    plot: Path | None,
     profile: bool,
     init_from: Path | None,
     after: tuple[Path, ...],
@@ -179,6 +186,7 @@ def train(
       perilune train demo data.path=packed/train --run runs/first --nproc 2 train.steps=400
       perilune train proxy_100m --config mine.yaml optim.lr=1e-3 'schedule.milestones=[0.8, 0.9]'
       perilune train demo_vlm stage=align --after runs/demo_vlm/vit --after runs/demo_vlm/text data.path=packed/train
+      perilune train deepseek_v3 --nproc 2048 --dry-run --plot schedules.png
       perilune train deepseek_v3 recompute.granularity=none 'recompute.modules=[]' --nproc 2048 --dry-run
       torchrun --nproc-per-node 8 --no-python -- perilune train proxy_100m data.path=packed/train --run runs/a
     """
@@ -186,7 +194,7 @@ def train(
     from perilune.pretrain.train_command import train_command
 
     start = Start(init_from, after)
-    ctx.exit(train_command(preset, overrides, config_file, run_dir, nproc, dry_run, profile, start))
+    ctx.exit(train_command(preset, overrides, config_file, run_dir, nproc, dry_run, profile, start, plot))
 
 
 @main.command(cls=_CompareCommand, short_help="A run's curves and facts as one HTML file.")

@@ -261,7 +261,12 @@ def _models(ladder: Ladder, base: Config, compute: float, names: tuple[str, ...]
                 yield short(scaling_flops(model, length)), model
         return
     for name in names or sizes:
-        yield name, base_of(ladder, sizes[name]).model
+        config = base_of(ladder, sizes[name])
+        try:
+            rules.check_model(config)  # before anything is counted
+        except InputError as error:
+            raise InputError(f"{ladder.file}: size {name}: {error}") from error
+        yield name, config.model
 
 
 def _with_grid(ladder: Ladder, models: Sequence[tuple[str, Model]]) -> set[str]:

@@ -1,4 +1,4 @@
-"""A Ray cluster of two nodes on this machine: a program that obeys one word a line of its stdin, for tests.
+"""[NODES]: a Ray cluster on this machine, of two nodes or so many: obeys one word a line of its stdin, for tests.
 
 Prints {"address": URL of the job server, "pids": [...]} once it is up. `remove` ends the second node as a lost one
 (kill -9 of its raylet), `add` puts another in its place; each is answered by a line. End of stdin: all ends.
@@ -45,14 +45,15 @@ def main() -> None:
             return cluster.add_node(node_ip_address=f"127.0.0.{number + 1}", num_cpus=2, object_store_memory=STORE,
                                     temp_dir=f"{folder}/{number}")  # fmt: skip
 
-        number, second = 2, add(2)
+        count = int(sys.argv[1]) if len(sys.argv) > 1 else 2
+        number, second = count, [add(number) for number in range(2, count + 1)][-1:]
         say({"address": f"http://127.0.0.1:{port}"})
         for line in sys.stdin:
             if line.strip() == "remove":
-                cluster.remove_node(second, allow_graceful=False)
+                cluster.remove_node(second.pop(), allow_graceful=False)
             elif line.strip() == "add":
                 number += 1
-                second = add(number)
+                second = [add(number)]
             say({"done": line.strip(), "pids": [child.pid for child in psutil.Process().children(recursive=True)]})
         cluster.shutdown()
 
