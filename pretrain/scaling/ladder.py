@@ -289,6 +289,12 @@ def _check(ladder: Ladder, trials: Sequence[Planned], world: int) -> None:
             f"{ladder.file}: {_some(short_ones)}: a trial needs {LEAST_STEPS} steps or more, C / (M x tokens a batch); "
             "take a larger budget, smaller sizes or smaller batches"
         )
+    batches = {trial.config.train.global_batch_size for trial in trials}
+    if (steps := trials[0].config.valid.steps) and len(batches) > 1:
+        raise InputError(
+            f"{ladder.file}: valid.steps={steps} batches of {sorted(batches)} rows are different parts of the "
+            "validation set, whose losses cannot be compared; leave valid.steps out, or pack a smaller set"
+        )
     for trial in trials:
         try:
             rules.check(trial.config, world)

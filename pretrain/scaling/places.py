@@ -48,11 +48,14 @@ class Place:
         """Words for `perilune`."""
         words = ["launch", self.on, *self.options, "--restarts", str(self.retries)]
         if self.on == "local":
-            words += ["--nproc", str(self.world)] if "--nproc" not in self.options else []
-            if "--threads" not in self.options and not trial.config.train.threads:
+            words += [] if self._has("--nproc") else ["--nproc", str(self.world)]
+            if not self._has("--threads") and not trial.config.train.threads:
                 words += ["--threads", str(max(1, (os.cpu_count() or 1) // (self.at_once * self.world)))]
         words += ["--no-wait"] if self.on == "ray" and not self.stays else []
         return [*words, "--", "train", trial.config.preset, *trial.words, "--run", str(run_dir)]
+
+    def _has(self, option: str) -> bool:
+        return any(word.partition("=")[0] == option for word in self.options)
 
     def start(self, trial: Planned, run_dir: Path, slot: int) -> Going:
         """Launch it; `slot` of `at_once` is free. Raises InputError where its folder cannot be written."""

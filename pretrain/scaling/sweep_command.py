@@ -71,7 +71,8 @@ def _conclude(trials: Sequence[Planned], book: Book, as_json: bool, going: Seque
         print(f"failed: {name}: {book.rows[name]['why']}; its run: {book.folder / 'runs' / name}", file=sys.stderr)
     print(f"{done} of {len(trials)} trials done: {book.folder / 'trials.csv'}")
     if code == PREEMPTED:
-        print("stopped; the same command goes on from here")
+        left = f"; {len(going)} go on where they are, and it waits for them" if going else ""
+        print(f"stopped; the same command goes on from here{left}")
     elif bad:
         print(f"{len(bad)} failed; --retry-failed tries them again, and `perilune fit` leaves them out")
     else:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -153,9 +157,26 @@ def test_a_dry_run_prints_every_trial_with_its_cost(here: Path, perilune: Any) -
     ):
         bad = perilune("sweep", "ladder.yaml", "--out", "sweep", *words)
         assert bad.returncode == 2 and bad.stderr.count("\n") == 1, (words, bad)
-        import re
-
         assert re.search(message, bad.stderr), (message, bad.stderr)
+
+
+def test_help_and_dry_run_wait_for_nothing(here: Path, perilune: Any) -> None:
+    (here / "ladder.yaml").write_text(BASE)
+    code = """
+import sys
+from perilune.pretrain.cli import main
+try: main(["sweep", "ladder.yaml", "--out", "sweep", "--dry-run"])
+except SystemExit as end: assert not end.code, end.code
+print([name for name in ("torch", "megatron", "scipy", "ray", "transformers") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=here, capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("\n[]\n")
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        assert "A ladder; docs/scaling.md" in perilune("sweep", "--help").stdout
+        seconds.append(time.perf_counter() - began)
+    assert min(seconds) < 0.5
 
 
 def test_m_is_deepseek_llms_of_its_own_models() -> None:
