@@ -153,7 +153,7 @@ def test_a_dry_run_prints_every_trial_with_its_cost(here: Path, perilune: Any) -
         (["--", "--nodes", "2"], "no such option.*--nodes|No such option"),
         (["--", "--dry-run"], "--dry-run belongs to `perilune sweep`"),
         (["--on", "ray", "--", "--nodes", "2"], "--nodes needs --address"),
-        (["--", "--nproc", "3"], "does not divide|multiple"),
+        (["--", "--restarts", "5"], r"--restarts \(it is --retries here\) belongs to `perilune sweep`"),
     ):
         bad = perilune("sweep", "ladder.yaml", "--out", "sweep", *words)
         assert bad.returncode == 2 and bad.stderr.count("\n") == 1, (words, bad)
