@@ -1,7 +1,8 @@
-"""Where trials run: each is a `perilune launch local|slurm|ray`, in a process that ends with this one.
+"""Where trials run: each is what `perilune launch local|slurm|ray` starts.
 
-Locally, and on a cluster that Ray begins for one run, the run ends with its launch. Slurm's and a Ray cluster's jobs go
-on by themselves: they are asked about, also by a sweep that did not submit them.
+Locally, and on a cluster that Ray begins for one run, the launch is a process that ends with this one, and the run with
+it. Slurm's and a Ray cluster's jobs are submitted and go on by themselves: they are asked about, also by a sweep that
+did not submit them.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ import click
 
 from perilune.launch import child, launchers
 from perilune.launch.job import JobError, Papers
-from perilune.pretrain import launch_cli, rules
+from perilune.pretrain import launch_cli, launch_command, rules
 from perilune.pretrain import train_command as here
 from perilune.pretrain.errors import InputError
 from perilune.pretrain.scaling.ladder import Planned
@@ -64,6 +66,8 @@ class Place:
             log.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"{log.parent} cannot be made: {error}") from error
+        if not self.stays:
+            return Going(run_dir, None, _ASK_S[self.on], self._submit(trial, run_dir, log))
         environment = dict(os.environ)
         if self.gpus and self.on == "local":
             mine = range(slot * self.world, (slot + 1) * self.world)
@@ -71,32 +75,45 @@ class Place:
         words = [sys.executable, "-P", "-m", "perilune.pretrain.cli", *self.command(trial, run_dir)]
         guard = [sys.executable, "-S", "-P", str(child.__file__), str(os.getpid()), str(log), str(log)]
         process = subprocess.Popen([*guard, *words], env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
-        return Going(run_dir, process, self.stays, _ASK_S[self.on])
+        return Going(run_dir, process, _ASK_S[self.on])
+
+    def _submit(self, trial: Planned, run_dir: Path, log: Path) -> int:
+        """The exit code of a launch that does not wait."""
+        words = self.command(trial, run_dir)[2:]
+        with log.open("a") as said, redirect_stdout(said), redirect_stderr(said):
+            try:
+                options = launch_cli.launch.commands[self.on].make_context("", words).params
+                run = launch_command.launch_slurm if self.on == "slurm" else launch_command.launch_ray
+                return run(**options)
+            except InputError as error:
+                print(f"perilune: error: {error}", file=sys.stderr)
+                return 2
 
     def under_way(self, run_dir: Path) -> Going | None:
         """A run that an earlier sweep launched, if it still goes on."""
-        found = Going(run_dir, None, False, _ASK_S[self.on])
+        found = Going(run_dir, None, _ASK_S[self.on])
         return found if not found.over() else None
 
 
 class Going:
-    """A trial that was launched."""
+    """A trial that was launched: by `process`, which lasts as long as it; or submitted, with exit code `code`."""
 
-    def __init__(self, run_dir: Path, process: subprocess.Popen[bytes] | None, stays: bool, ask_s: float) -> None:
+    def __init__(
+        self, run_dir: Path, process: subprocess.Popen[bytes] | None, ask_s: float, code: int | None = None
+    ) -> None:
         self.run_dir = run_dir
         self.began = time.monotonic()
-        self.code: int | None = None  # of the launch, once it is over
-        self._process, self._stays, self._ask_s = process, stays, ask_s
+        self.code = code  # of the launch, once it is over
+        self._process, self._ask_s = process, ask_s
         self._asked, self._answered = -ask_s, time.monotonic()
 
     def over(self) -> bool:
         """Whether the run has ended, one way or another."""
         if self._process is not None:
             self.code = self._process.poll()
-            if self.code is None:
-                return False
-            if self._stays or self.code:
-                return True
+            return self.code is not None
+        if self.code:
+            return True
         now = time.monotonic()
         if now - self._asked < self._ask_s:
             return False
@@ -109,12 +126,12 @@ class Going:
 
     @property
     def ours(self) -> bool:
-        """Whether it ends with this process, or is just being submitted by it."""
-        return self._process is not None and (self._stays or self._process.poll() is None)
+        """Whether it ends with this process."""
+        return self._process is not None
 
     def stop(self) -> None:
         """Ask for an end with a checkpoint, where the run would end with this process anyhow."""
-        if self._process is not None and self._stays and self._process.poll() is None:
+        if self._process is not None and self._process.poll() is None:
             self._process.terminate()
 
     def _state(self) -> str:

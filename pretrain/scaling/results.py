@@ -70,7 +70,7 @@ def outcome(run_dir: Path, steps: int, events_before: int, code: int | None) -> 
         return Outcome("refused", said)
     if code == 75:
         return Outcome("preempted", "stopped, with a checkpoint")
-    how = "" if code is None else f" with exit code {code}" if code >= 0 else f" by signal {-code}"
+    how = "" if not code else f" with exit code {code}" if code >= 0 else f" by signal {-code}"
     return Outcome("lost", f"its launch ended{how} and says no more{f': {said}' if said else ''}")
 
 

@@ -110,7 +110,7 @@ def test_the_command_writes_a_configuration_of_that_size(tmp_path: Path, perilun
     assert m == pytest.approx(0.1715 * 1e14**0.5243, rel=0.05)
     assert m * config.train.tokens == pytest.approx(1e14) and config.data.path == "/data/train"
     assert config.optim.lr == pytest.approx(0.3118 * 1e14**-0.125, rel=5e-3)
-    assert config.train.global_batch_size == round(0.2920 * 1e14**0.3271 / 512 / 2) * 2
+    assert config.train.global_batch_size == round(0.2920 * 1e14**0.3271 / 512 / 4) * 4  # two ranks of two rows
     plain = perilune("train", "demo", "--config", "next.yaml", "--nproc", "2", "--dry-run", "valid.every=0")
     assert plain.returncode == 0, plain.stderr
     assert "never" not in plain.stderr and f"{config.train.tokens:,} tokens" in plain.stdout
