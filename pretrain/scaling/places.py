@@ -45,6 +45,7 @@ class Place:
     retries: int
     stays: bool  # whether the launch lasts as long as the run
     gpus: int = 0  # of this machine, where trials run here
+    on_gpus: bool = False
 
     def command(self, trial: Planned, run_dir: Path) -> list[str]:
         """Words for `perilune`."""
@@ -53,7 +54,10 @@ class Place:
             words += [] if self._has("--nproc") else ["--nproc", str(self.world)]
             if not self._has("--threads") and not trial.config.train.threads:
                 words += ["--threads", str(max(1, (os.cpu_count() or 1) // (self.at_once * self.world)))]
-        words += ["--no-wait"] if self.on == "ray" and not self.stays else []
+        if self.on == "ray":
+            words += [] if self.stays else ["--no-wait"]
+            # Ray keeps a CPU for each process, and puts as many trials on a node as it has CPUs.
+            words += ["--threads", "1"] if self.at_once > 1 and not (self._has("--threads") or self.on_gpus) else []
         return [*words, "--", "train", trial.config.preset, *trial.words, "--run", str(run_dir)]
 
     def _has(self, option: str) -> bool:
@@ -171,7 +175,7 @@ def place(on: str, options: Sequence[str], base: Config, at_once: int, retries: 
     if stays and nodes > 1:
         raise InputError("--nodes needs --address: a cluster begun for one run has one node")
     rules.mesh_of(base, nodes * each)
-    return Place(on, tuple(options), nodes * each, at_once, retries, stays)
+    return Place(on, tuple(options), nodes * each, at_once, retries, stays, on_gpus=bool(found["gpus_per_node"]))
 
 
 def _visible() -> list[str]:
