@@ -136,7 +136,8 @@ def plan(ladder: Ladder, world: int, *, data_there: bool = True) -> list[Planned
     base = _with_data(ladder)
     found: dict[str, Planned] = {}
     for compute, names in ladder.budgets:
-        models = list(_models(ladder, base, compute, names))
+        length = base.data.seq_len
+        models = sorted(_models(ladder, base, compute, names), key=lambda one: scaling_flops(one[1], length))
         grid = _with_grid(ladder, models)
         for name, model in models:
             lrs, batches = (ladder.lr, ladder.batch) if name in grid else ((1.0,), (1.0,))
