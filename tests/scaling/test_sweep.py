@@ -94,18 +94,16 @@ def test_killed_continued_retried_and_given_up(packed: Path, tmp_path: Path) -> 
     events = runs["short"] / "launch" / "events.jsonl"
     attempts = len(lines(events))
 
-    def resumed() -> bool:
-        return len(lines(events)) > attempts and any(
-            entry["step"] > 10 for entry in lines(runs["short"] / "metrics.jsonl")[-1:]
-        )
+    def beat() -> dict[str, Any]:
+        file = Papers(runs["short"]).beats / "rank_00000.json"
+        return json.loads(file.read_text()) if len(lines(events)) > attempts and file.exists() else {}
 
-    wait(resumed, again)
+    wait(lambda: bool(beat().get("begun")), again)  # it has done a step since
     second = subprocess.run(
         [PERILUNE, "sweep", str(ladder), "--out", str(folder)], env=ENV, capture_output=True, text=True
     )
     assert second.returncode == 2 and "another `perilune sweep` is at work" in second.stderr
-    beat = json.loads((Papers(runs["short"]).beats / "rank_00000.json").read_text())
-    os.kill(beat["pid"], signal.SIGKILL)
+    os.kill(beat()["pid"], signal.SIGKILL)
     said, _ = again.communicate(timeout=150)
     assert again.returncode == 1, said
     assert f"failed: {long.name}: " in said and "the data of that step is damaged" in said

@@ -17,9 +17,10 @@ from ray_nodes import ENV, PERILUNE, TOKEN, Nodes
 
 LADDER = """
 preset: tiny
-set: {data.path: %s, valid.steps: 1, model.n_routed_experts: 4, model.n_group: 1, model.topk_group: 1,
+set: {data.path: %s, data.workers: 0, valid.steps: 1, train.save_every: 0,
+      model.n_routed_experts: 4, model.n_group: 1, model.topk_group: 1,
       model.num_experts_per_tok: 2, model.num_nextn_predict_layers: 0}
-budgets: [1.6e+9, 2.4e+9, 3.6e+9]
+budgets: [1.3e+9, 1.7e+9, 2.3e+9]
 sizes:
   a: {model.num_layers: 2, model.hidden_size: 32}
   b: {model.num_layers: 2, model.hidden_size: 40}

@@ -15,7 +15,10 @@ import tempfile
 from pathlib import Path
 
 HEALTH = {"initial_delay_ms": 500, "period_ms": 500, "timeout_ms": 1000, "failure_threshold": 3}
-os.environ |= {"RAY_USAGE_STATS_ENABLED": "0"} | {f"RAY_health_check_{name}": str(n) for name, n in HEALTH.items()}
+# Each driver would have as many idle workers started as there are CPUs.
+os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_prestart_worker_first_driver": "0"} | {
+    f"RAY_health_check_{name}": str(n) for name, n in HEALTH.items()
+}
 
 import psutil  # noqa: E402
 from ray.cluster_utils import Cluster  # noqa: E402
