@@ -15,6 +15,9 @@ import psutil
 import pytest
 from ray_nodes import ENV, PERILUNE, TOKEN, Nodes
 
+from perilune.pretrain.scaling.fit import fit
+from perilune.pretrain.scaling.trials import budgets, read_csv
+
 LADDER = """
 preset: tiny
 set: {data.path: %s, data.workers: 0, valid.steps: 1, train.save_every: 0,
@@ -32,7 +35,7 @@ law: {lr: {k: 0.005, exponent: 0}, batch: {k: 128, exponent: 0}}
 
 @pytest.fixture
 def cluster() -> Iterator[Nodes]:
-    nodes = Nodes(1)
+    nodes = Nodes(1, cpus=3)  # more than there are here: a job waits half of its time
     yield nodes
     nodes.end()
 
@@ -61,7 +64,7 @@ def start(ladder: Path, folder: Path, cluster: Nodes) -> subprocess.Popen[str]:
         "--on",
         "ray",
         "--at-once",
-        "2",
+        "3",
         "--",
         "--address",
         cluster.address,
@@ -108,7 +111,7 @@ def test_twelve_trials_killed_half_way_and_continued(cluster: Nodes, packed: Pat
         assert metrics[-1]["tokens"] == int(row["tokens"]) and metrics[-1]["valid_loss"] == float(row["loss"])
         assert float(row["flops_per_token"]) * int(row["tokens"]) == pytest.approx(float(row["budget"]), rel=0.025)
     assert TOKEN not in "".join(file.read_text(errors="replace") for file in folder.rglob("*") if file.is_file())
-    fitted = subprocess.run([PERILUNE, "fit", str(folder), "--out", str(tmp_path / "fit"), "--json"], env=ENV,
-                            capture_output=True, text=True, timeout=60)  # fmt: skip
-    assert fitted.returncode == 0, fitted.stderr
-    assert json.loads(fitted.stdout)["trials"] == 12 and json.loads(fitted.stdout)["per"] == "flops_per_token"
+    read = read_csv([folder / "trials.csv"])
+    assert len(read.all) == 12 and {trial.per for trial in read.all} == {"flops_per_token"} and not read.warnings
+    assert [len(group) for group in budgets(read.all)] == [4, 4, 4]
+    assert fit(read, draws=10).parametric

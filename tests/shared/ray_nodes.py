@@ -18,13 +18,13 @@ ENV = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "token", "RAY_AUTH
 
 
 class Nodes:
-    """Two nodes, or as many as `count` says."""
+    """Two nodes, or as many as `count` says, each of so many CPUs, be there as many or not."""
 
-    def __init__(self, count: int = 2) -> None:
+    def __init__(self, count: int = 2, cpus: int = 2) -> None:
         program = str(Path(__file__).with_name("ray_cluster.py"))
         self.process = subprocess.Popen(
-            [sys.executable, "-P", program, str(count)], env=ENV, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL, text=True,
+            [sys.executable, "-P", program, str(count), str(cpus)], env=ENV, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
         )  # fmt: skip
         self.address = self._read()["address"]
 
