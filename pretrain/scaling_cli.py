@@ -43,7 +43,7 @@ POSITIVE = click.FloatRange(min=0, min_open=True)
 )
 @click.option("--retry-failed", is_flag=True, help="Try again what a sweep before has given up.")
 @click.option(
-    "--rate", type=POSITIVE, metavar="FLOP/S", help="Of one trial, for times.  [default: that of trials done]"
+    "--rate", type=POSITIVE, metavar="FLOP/S", help="How fast one trial trains, for times.  [default: as those done]"
 )
 @click.option("--dry-run", is_flag=True, help="Print every trial with its cost; start nothing.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of tables.")

@@ -18,7 +18,7 @@ from perilune.pretrain import presets, rules
 from perilune.pretrain.data.blend import Blend
 from perilune.pretrain.data.manifest import read_manifest
 from perilune.pretrain.errors import InputError
-from perilune.pretrain.plan.counts import parameters, scaling_flops
+from perilune.pretrain.plan.counts import flops_per_token, parameters, scaling_flops
 from perilune.pretrain.scaling.laws import DEEPSEEK, Law, exactly, read_fit
 from perilune.pretrain.scaling.sizes import scaled
 from perilune.pretrain.schedule import total_tokens
@@ -81,13 +81,18 @@ class Planned:
         return self.flops_per_token * self.tokens
 
     @property
+    def work(self) -> float:
+        """All training FLOPs, with vocabulary and MTP and the causal half of attention: what its time goes by."""
+        return self.tokens * flops_per_token(self.config.model, self.config.data.seq_len).training
+
+    @property
     def facts(self) -> dict[str, Any]:
         """What is known before it runs; columns of trials.csv."""
         count = parameters(self.config.model)
         return {
             "trial": self.name, "budget": self.budget, "size": self.size, "flops_per_token": self.flops_per_token,
             "tokens": self.tokens, "lr": self.config.optim.lr, "batch_tokens": self.batch_tokens, "steps": self.steps,
-            "compute": self.compute, "params_total": count.total, "params_active": count.active,
+            "compute": self.compute, "work": self.work, "params_total": count.total, "params_active": count.active,
             "seed": self.config.train.seed,
         }  # fmt: skip
 

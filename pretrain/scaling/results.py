@@ -24,7 +24,8 @@ from perilune.pretrain.scaling.ladder import Planned
 
 COLUMNS = (
     "trial", "state", "budget", "size", "flops_per_token", "tokens", "loss", "bits_per_byte", "lr", "batch_tokens",
-    "steps", "compute", "params_total", "params_active", "seed", "tokenizer", "data", "train_seconds", "seconds", "why",
+    "steps", "compute", "work", "params_total", "params_active", "seed", "tokenizer", "data", "train_seconds",
+    "seconds", "why",
 )  # fmt: skip
 _TAIL = 1 << 14  # bytes of a file whose last line is wanted
 
@@ -37,6 +38,17 @@ class Outcome:
     why: str = ""
     loss: float = math.nan  # on the validation set, after the last step
     bits_per_byte: float = math.nan
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How long a trial takes."""
+
+    rate: float  # FLOPs a second, of all its training
+    besides: float  # seconds for start, validation and checkpoints
+
+    def seconds(self, trial: Planned) -> float:
+        return self.besides + trial.work / self.rate
 
 
 def progress(run_dir: Path) -> dict[str, Any]:
@@ -187,11 +199,15 @@ class Book:
         self.rows = {name: row for name, row in self.rows.items() if row["state"] != "failed"}
         self._write()
 
-    def rate(self) -> float | None:
-        """FLOPs (M D) a second of the trials done so far, from start to end; None without one."""
-        done = [row for row in self.rows.values() if row["state"] == "done" and float(row["seconds"]) > 0]
-        seconds = sum(float(row["seconds"]) for row in done)
-        return sum(float(row["compute"]) for row in done) / seconds if seconds else None
+    def pace(self, rate: float | None = None) -> Pace | None:
+        """Of the trials done so far, or at `rate`; None where neither is known."""
+        done = [row for row in self.rows.values() if row["state"] == "done" and float(row["train_seconds"]) > 0]
+        training = sum(float(row["train_seconds"]) for row in done)
+        # A trial that was continued took more than the launch that ended it.
+        rest = sorted(max(0.0, float(row["seconds"]) - float(row["train_seconds"])) for row in done)
+        if rate is None and training:
+            rate = sum(float(row["work"]) for row in done) / training
+        return Pace(rate, rest[len(rest) // 2] if rest else 0.0) if rate else None
 
     def _write(self) -> None:
         text = io.StringIO()

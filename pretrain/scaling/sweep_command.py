@@ -15,7 +15,7 @@ from perilune.pretrain.scaling import ladder as ladders
 from perilune.pretrain.scaling import results
 from perilune.pretrain.scaling.ladder import Planned, short
 from perilune.pretrain.scaling.places import place
-from perilune.pretrain.scaling.results import Book, Outcome
+from perilune.pretrain.scaling.results import Book, Outcome, Pace
 from perilune.pretrain.scaling.sweep import Sweep
 
 FAILED, PREEMPTED = 1, 75
@@ -40,15 +40,15 @@ def sweep_command(
     where = place(on, options, ladders.base_of(ladder), at_once, retries)
     trials = ladders.plan(ladder, where.world, data_there=on == "local" and not dry_run)
     book = Book(out, trials, ladders.fingerprints(trials[0].config))
-    rate = rate or book.rate()
     if dry_run:
-        print(_as_json(trials, book, rate) if as_json else _table(trials, book, rate, at_once))
+        pace = book.pace(rate)
+        print(_as_json(trials, book, pace) if as_json else _table(trials, book, pace, at_once))
         return 0
     book.begin()
     with book.alone(), _asked() as asked:
         if retry_failed:
             book.forget_failed()
-        show = _Lines(trials, book) if as_json or not sys.stdout.isatty() else _Live(trials, book, rate)
+        show = _Lines(trials, book) if as_json or not sys.stdout.isatty() else _Live(trials, book, rate, at_once)
         with show:
             sweep = Sweep(trials, book, where, show, asked)
             sweep.run()
@@ -83,30 +83,27 @@ def _conclude(trials: Sequence[Planned], book: Book, as_json: bool, going: Seque
 # ---------------------------------------------------------------- before anything runs
 
 
-def seconds_of(trial: Planned, rate: float | None) -> float | None:
-    """At `rate` FLOPs a second."""
-    return trial.compute / rate if rate else None
-
-
-def _as_json(trials: Sequence[Planned], book: Book, rate: float | None) -> str:
+def _as_json(trials: Sequence[Planned], book: Book, pace: Pace | None) -> str:
     rows = [
-        {**trial.facts, "state": book.state(trial), "seconds": seconds_of(trial, rate), "words": list(trial.words)}
+        {**trial.facts, "state": book.state(trial), "seconds": pace and pace.seconds(trial), "words": list(trial.words)}
         for trial in trials
     ]
-    return json.dumps({"trials": rows, "compute": sum(trial.compute for trial in trials), "rate": rate}, indent=1)
+    return json.dumps(
+        {"trials": rows, "compute": sum(trial.compute for trial in trials), "pace": pace and vars(pace)}, indent=1
+    )
 
 
-def _table(trials: Sequence[Planned], book: Book, rate: float | None, at_once: int) -> str:
+def _table(trials: Sequence[Planned], book: Book, pace: Pace | None, at_once: int) -> str:
     """Every trial with its cost."""
     head = ("trial", "params", "active", "M", "tokens", "steps", "batch", "lr", "FLOPs", "time", "state")
     rows = [head]
     for trial in trials:
-        facts, seconds = trial.facts, seconds_of(trial, rate)
+        facts = trial.facts
         rows.append(
             (
                 trial.name, short(facts["params_total"]), short(facts["params_active"]), short(trial.flops_per_token),
                 short(trial.tokens), f"{trial.steps:,}", f"{trial.batch_tokens:,}", f"{trial.config.optim.lr:g}",
-                f"{trial.compute:.3g}", _time(seconds) if seconds else "?", book.state(trial) or "-",
+                f"{trial.compute:.3g}", _time(pace.seconds(trial)) if pace else "?", book.state(trial) or "-",
             )
         )  # fmt: skip
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
@@ -117,10 +114,14 @@ def _table(trials: Sequence[Planned], book: Book, rate: float | None, at_once: i
     ]  # fmt: skip
     total, left = sum(t.compute for t in trials), sum(t.compute for t in trials if not book.state(t))
     lines += ["", f"{len(trials)} trials, {total:.3g} FLOPs (M x tokens), {left:.3g} of them still to run"]
-    if rate:
-        lines.append(f"at {rate:.3g} FLOP/s a trial, {at_once} at once: {_time(left / rate / at_once)} still to run")
+    if pace:
+        seconds = sum(pace.seconds(trial) for trial in trials if not book.state(trial)) / at_once
+        lines.append(
+            f"{_time(seconds)} still to run: a trial trains at {pace.rate:.3g} FLOP/s, vocabulary and MTP counted, and "
+            f"takes {pace.besides:.0f} s besides; {at_once} at once"
+        )
     else:
-        lines.append("no rate is known before a trial has ended here: --rate FLOP/s says one")
+        lines.append("no time is known before a trial has ended here: --rate FLOP/s says how fast one trains")
     return "\n".join(lines)
 
 
@@ -176,11 +177,11 @@ class _Lines:
 class _Live:
     """A table that is redrawn: what runs, what has failed, what ended last, how much is left."""
 
-    def __init__(self, trials: Sequence[Planned], book: Book, rate: float | None) -> None:
+    def __init__(self, trials: Sequence[Planned], book: Book, rate: float | None, at_once: int) -> None:
         from rich.console import Console
         from rich.live import Live
 
-        self._trials, self._book, self._rate = trials, book, rate
+        self._trials, self._book, self._rate, self._at_once = trials, book, rate, at_once
         self._began, self._drawn = time.monotonic(), 0.0
         self._finished: list[str] = []
         self._live = Live(console=Console(highlight=False), auto_refresh=False)
@@ -234,7 +235,7 @@ class _Live:
         left = [trial for trial in self._trials if not self._book.state(trial)]
         done = sum(self._book.state(trial) == "done" for trial in self._trials)
         text = f"\n{done} of {len(self._trials)} done, {_time(time.monotonic() - self._began)}"
-        rate = self._book.rate() or self._rate
-        if rate and left:
-            text += f"; {_time(sum(trial.compute for trial in left) / rate)} of trials' time left"
+        pace = self._book.pace() or self._book.pace(self._rate)
+        if pace and left:
+            text += f"; {_time(sum(map(pace.seconds, left)) / self._at_once)} left"
         return text

@@ -16,7 +16,7 @@ import pytest
 from perilune.pretrain import config as configs
 from perilune.pretrain import presets
 from perilune.pretrain.errors import InputError
-from perilune.pretrain.plan.counts import scaling_flops
+from perilune.pretrain.plan.counts import flops_per_token, scaling_flops
 from perilune.pretrain.scaling.ladder import Planned, fingerprints, plan, read_ladder
 from perilune.pretrain.scaling.results import Book
 from perilune.pretrain.scaling.sizes import scaled, size_of
@@ -136,16 +136,19 @@ def test_a_ladder_that_changed_is_refused(here: Path) -> None:
 
 def test_a_dry_run_prints_every_trial_with_its_cost(here: Path, perilune: Any) -> None:
     (here / "ladder.yaml").write_text(BASE)
-    done = perilune("sweep", "ladder.yaml", "--out", "sweep", "--dry-run", "--rate", "1e9", "--at-once", "2")
+    done = perilune("sweep", "ladder.yaml", "--out", "sweep", "--dry-run", "--rate", "2e9", "--at-once", "2")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     trials = planned(here, BASE)
     for trial, line in zip(trials, lines[1:], strict=False):
         cells = line.split()
         assert cells[0] == trial.name and cells[5] == f"{trial.steps:,}" and cells[6] == "128", line
-        assert cells[-3:] == [f"{trial.compute / 1e9:.0f}", "s", "-"]
+        work = trial.tokens * flops_per_token(trial.config.model, 64).training
+        assert cells[-3:] == [f"{work / 2e9:.0f}", "s", "-"]
     total = sum(trial.compute for trial in trials)
-    assert lines[-2].startswith(f"15 trials, {total:.3g} FLOPs") and f"{total / 2e9:.0f} s still to run" in lines[-1]
+    assert lines[-2].startswith(f"15 trials, {total:.3g} FLOPs") and lines[-1].startswith(
+        f"{sum(t.work for t in trials) / 4e9:.0f} s"
+    )
     assert not (here / "sweep").exists()
     found = json.loads(perilune("sweep", "ladder.yaml", "--out", "sweep", "--dry-run", "--json").stdout)
     assert [row["tokens"] for row in found["trials"]] == [trial.tokens for trial in trials]
