@@ -6,6 +6,7 @@ import importlib.util
 import ipaddress
 import json
 import os
+import secrets
 import shlex
 import signal
 import socket
@@ -75,12 +76,14 @@ def run(job: Job, address: str | None, *, insecure: bool, wait: bool) -> int:
     stop_file(papers).unlink(missing_ok=True)
     if client is None:
         return _run_here(job, papers)
-    papers.write(job, {"launcher": "ray", "address": address, "job": "", "run_dir": str(job.run_dir)})
+    number = f"perilune_{secrets.token_hex(8)}"
+    where = {"launcher": "ray", "address": address, "job": number, "run_dir": str(job.run_dir)}
+    papers.write(job, where)  # before: a job that nobody knows of could be submitted a second time
     try:
-        number = client.submit_job(**_submission(job))
+        client.submit_job(**_submission(job), submission_id=number)
     except Exception as error:  # of requests, of Ray: what the server said is all there is to say
+        papers.write(job, where | {"job": ""})
         raise JobError(f"{address} did not take the job: {_line(error)}") from error
-    papers.write(job, {"launcher": "ray", "address": address, "job": number, "run_dir": str(job.run_dir)})
     print(f"submitted: job {number} to {address}", file=sys.stderr, flush=True)
     return _stay(client, number, papers) if wait else 0
 
@@ -94,6 +97,8 @@ def state(where: dict[str, Any]) -> str:
     try:
         word = str(_client(where["address"], True).get_job_status(where["job"]).value)
     except Exception as error:
+        if "does not exist" in str(error):  # it never came there, or the cluster is another one since
+            return "ended: its cluster does not know it"
         return f"unknown: {where['address']} does not say ({_line(error)})"
     return {"SUCCEEDED": "done", "STOPPED": "cancelled"}.get(word, word.lower())
 

@@ -14,6 +14,7 @@ import click
 from perilune.pretrain.data_cli import FOLDER, FOLDER_THERE, inspect, pack, tokenizer
 from perilune.pretrain.errors import InputError, Preempted
 from perilune.pretrain.launch_cli import jobs, launch
+from perilune.pretrain.scaling_cli import fit, predict, sweep
 
 FAILED, BAD_INPUT, PREEMPTED = 1, 2, 75  # 75: EX_TEMPFAIL of sysexits.h
 
@@ -142,6 +143,12 @@ def doctor(ctx: click.Context, cluster: bool, within: float, below: float, as_js
     "--nproc", type=click.IntRange(min=1), metavar="N", help="Processes to start here; none under RANK and WORLD_SIZE."
 )
 @click.option("--dry-run", is_flag=True, help="Print the resolved configuration, the layout and counts; train nothing.")
+@click.option(
+    "--plot",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE.png",
+    help="With --dry-run: draw the schedules over the run's tokens.",
+)
 @click.option("--profile", is_flag=True, help="Write a trace that Perfetto opens.")
 @click.option("--init-from", type=FOLDER_THERE, metavar="CHECKPOINT", help="Start from the weights of a checkpoint.")
 @click.option(
@@ -160,6 +167,7 @@ def train(
     run_dir: Path | None,
     nproc: int | None,
     dry_run: bool,
+    plot: Path | None,
     profile: bool,
     init_from: Path | None,
     after: tuple[Path, ...],
@@ -178,6 +186,7 @@ def train(
       perilune train demo data.path=packed/train --run runs/first --nproc 2 train.steps=400
       perilune train proxy_100m --config mine.yaml optim.lr=1e-3 'schedule.milestones=[0.8, 0.9]'
       perilune train demo_vlm stage=align --after runs/demo_vlm/vit --after runs/demo_vlm/text data.path=packed/train
+      perilune train deepseek_v3 --nproc 2048 --dry-run --plot schedules.png
       perilune train deepseek_v3 recompute.granularity=none 'recompute.modules=[]' --nproc 2048 --dry-run
       torchrun --nproc-per-node 8 --no-python -- perilune train proxy_100m data.path=packed/train --run runs/a
     """
@@ -185,7 +194,7 @@ def train(
     from perilune.pretrain.train_command import train_command
 
     start = Start(init_from, after)
-    ctx.exit(train_command(preset, overrides, config_file, run_dir, nproc, dry_run, profile, start))
+    ctx.exit(train_command(preset, overrides, config_file, run_dir, nproc, dry_run, profile, start, plot))
 
 
 @main.command(cls=_CompareCommand, short_help="A run's curves and facts as one HTML file.")
@@ -464,30 +473,6 @@ def parity(ctx: click.Context, max_procs: int, model: str | None, out: Path, onl
     ctx.exit(parity_command(max_procs, out, model, only, dry_run))
 
 
-@main.command(short_help="Scaling laws of trials: best size, tokens and learning rate for any compute.")
-@click.argument("paths", metavar="CSV_OR_DIR...", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--out", type=FOLDER, required=True, help="A folder for fit.json, pictures and fit.html.")
-@click.option("--mixed", is_flag=True, help="Put together what says it has other tokenizers or other data.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the draws behind the intervals.")
-@click.option("--json", "as_json", is_flag=True, help="Print fit.json instead of a table.")
-@click.pass_context
-def fit(ctx: click.Context, paths: tuple[Path, ...], out: Path, mixed: bool, seed: int, as_json: bool) -> None:
-    """Fit scaling laws to training runs: IsoFLOP minima and their power laws, L(N, D) = E + A/N^alpha + B/D^beta, the
-    best learning rate and batch size over compute, and loss over compute, each constant with a 95% interval.
-
-    A CSV file's first line names its columns: params (then C = 6 N D) or flops_per_token (C = M D), tokens, loss, and
-    if it has them lr, batch_tokens, tokenizer, data. A folder is one with a trials.csv.
-
-    \b
-    Examples:
-      perilune fit trials.csv --out fits/first
-      perilune fit small.csv large.csv --out fits/both --json
-    """
-    from perilune.pretrain.scaling.fit_command import fit_command
-
-    ctx.exit(fit_command(paths, out, mixed=mixed, seed=seed, as_json=as_json))
-
-
 @main.command(short_help="All of it once, small.")
 @click.option("--vlm", is_flag=True, help="A vision-language model, stage after stage, on glyphs.")
 @click.option(
@@ -515,7 +500,7 @@ def demo(ctx: click.Context, vlm: bool, run_dir: Path | None) -> None:
     ctx.exit(run(run_dir or Path("runs/demo")))
 
 
-for command in (tokenizer, pack, inspect, launch, jobs):
+for command in (tokenizer, pack, inspect, launch, jobs, sweep, fit, predict):
     main.add_command(command)
 
 if __name__ == "__main__":

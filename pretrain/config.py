@@ -61,7 +61,7 @@ def resolve(
     """
     filed: dict[str, Any] = {}
     if yaml_file is not None:
-        filed = _checked(_flatten(_read_yaml(yaml_file), f"in {yaml_file}"), f"in {yaml_file}")
+        filed = _checked(_flatten(read_yaml(yaml_file), f"in {yaml_file}"), f"in {yaml_file}")
         named = filed.pop("preset", preset)
         if named != preset:
             raise InputError(f"{yaml_file} is for preset {named!r}, the command names {preset!r}: name the same one")
@@ -104,7 +104,7 @@ def save(config: Config, path: Path) -> None:
 
 def load(path: Path) -> Config:
     """What `save` wrote to `path`. Raises InputError for a file that is missing, damaged or of an unknown key."""
-    return from_dict(_read_yaml(path), f"in {path}")
+    return from_dict(read_yaml(path), f"in {path}")
 
 
 def diff(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
@@ -379,7 +379,8 @@ def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
 _Dumper.add_representer(str, _represent_text)
 
 
-def _read_yaml(path: Path) -> Any:
+def read_yaml(path: Path) -> Any:
+    """What a file of YAML 1.2 holds. Raises InputError for one that cannot be read, or is none."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

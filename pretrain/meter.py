@@ -11,14 +11,11 @@ import torch
 from perilune.parallel import precision
 from perilune.pretrain.data.batch import PackedBatch
 from perilune.pretrain.data.pairs import pairs_of
+from perilune.pretrain.plan import hardware
 from perilune.pretrain.plan.frozen import training_flops
 from perilune.pretrain.plan.vision_counts import contrastive_flops
 from perilune.pretrain.schema import Config
 from perilune.pretrain.timetable import StepPlan
-
-# Dense bf16 TFLOP/s without sparsity, from NVIDIA's datasheets; the first name that the device's holds rules.
-_BF16_TFLOPS = {"GB200": 2500, "B200": 2250, "H200": 989, "H100 NVL": 835, "H100 PCIe": 756, "H100": 989, "H800": 989,
-                "GH200": 989, "A100": 312, "A800": 312, "L40S": 362, "L40": 181}  # fmt: skip
 
 
 @cache
@@ -29,9 +26,10 @@ def peak(dtype: torch.dtype) -> tuple[str, float | None]:
     """
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
-        for name, tflops in _BF16_TFLOPS.items():
-            if name in device and dtype is torch.bfloat16:
-                return f"{name} dense bf16, {tflops} TFLOP/s", tflops * 1e12
+        name = hardware.named_in(device)
+        if name is not None and dtype is torch.bfloat16:
+            tflops = hardware.BF16_TFLOPS[name]
+            return f"{name} dense bf16, {tflops} TFLOP/s", tflops * 1e12
         return f"unknown for {device} in {dtype}", None
     n = 1024
     a, b = torch.randn(n, n, dtype=dtype), torch.randn(n, n, dtype=dtype)

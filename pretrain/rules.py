@@ -29,6 +29,12 @@ def check_fits(config: Config, world: int) -> None:
             raise InputError(problem)
 
 
+def check_model(config: Config) -> None:
+    """Raise InputError for the first number of the decoder that does not fit the others."""
+    for problem in _model(config):
+        raise InputError(problem)
+
+
 def check_machine(config: Config, gpus: int) -> None:
     """Raise InputError for what this machine, with `gpus` GPUs, lacks to run `config`."""
     fp8 = config.precision.fp8

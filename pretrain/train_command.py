@@ -30,12 +30,16 @@ def train_command(
     dry_run: bool,
     profile: bool,
     start: Start,
+    plot: Path | None = None,
 ) -> int:
     """Train `preset` with `overrides` in `run_dir` (default `run_dir_of`); returns the exit code.
 
+    With `dry_run` nothing starts: the run is described, and its schedules are drawn to `plot`.
     Under RANK and WORLD_SIZE this process is one of a run that somebody else started, and starts none.
     Raises InputError for what cannot run.
     """
+    if plot is not None and not dry_run:
+        raise InputError(f"--plot {plot} draws what is planned: it goes with --dry-run")
     inside = _world_of_environment() is not None
     agent = None if inside or dry_run else local.prepare()  # it imports what it needs during the checks
     try:
@@ -46,6 +50,10 @@ def train_command(
         if dry_run:  # a plan with what is not built yet is shown before it is refused
             rules.check_fits(config, world)
             print(describe(config, world, run_dir))
+            if plot is not None:
+                from perilune.pretrain.schedule_picture import draw
+
+                print(f"{plot}: {', '.join(draw(config, rules.mesh_of(config, world).dp, plot))}")
             rules.check(config, world)
             return 0  # the plan may be for another machine
         check_here(config, run_dir, world, gpus, start)

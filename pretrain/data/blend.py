@@ -47,6 +47,11 @@ class Blend:
                 raise InputError(f"data.blend: from {tokens} tokens on every weight is 0: {dict(weights)}")
             self._stages.append(_Stage(_shares(now, list(weights))))
 
+    def shares(self, row: int) -> list[float]:
+        """Each dataset's part of the rows where row `row` stands."""
+        stage = self._stages[max(i for i, first in enumerate(self._first) if first <= row)]
+        return [share / stage.period for share in stage.shares]
+
     def counts(self, rows: int) -> np.ndarray:
         """Rows of each dataset among the first `rows`: int64 [datasets]."""
         return sum(

@@ -197,7 +197,7 @@ class FlopCount:
 
     @property
     def training_without_vocabulary(self) -> float:
-        """M of DeepSeek LLM's scaling laws (arXiv 2401.02954, section 3.2): no head, no MTP."""
+        """No head, no MTP."""
         return 3 * (self.forward - self.head - self.mtp)
 
 
@@ -257,6 +257,16 @@ def flops_per_token(
     )
 
 
+def scaling_flops(model: Model, seq_len: int) -> float:
+    """M of DeepSeek LLM's scaling laws (arXiv 2401.02954, section 3.2), training FLOPs a token: C = M D.
+
+    Theirs is 72 n d^2 + 12 n d l: the layers' matrices, and attention over the whole square of `seq_len`, masked or
+    not; without embedding and head. Here the same of any model: MLA's matrices and head sizes, the experts that a token
+    meets, the router; MTP, which is no part of the model that is used, is left out.
+    """
+    return flops_per_token(model, seq_len, causal=False, mtp=False).training_without_vocabulary
+
+
 def table(model: Model, seq_len: int) -> str:
     """Parameters and FLOPs of a model, a line each, numbers in full."""
     count = parameters(model)
@@ -283,5 +293,6 @@ def table(model: Model, seq_len: int) -> str:
         ("  head", flops.head),
         ("  MTP", flops.mtp),
         ("FLOPs a token, training", flops.training),
+        ("  M of scaling laws (arXiv 2401.02954)", scaling_flops(model, seq_len)),
     ]
     return "\n".join(f"{name:<44}{value:>24,.0f}" for name, value in rows)

@@ -6,7 +6,7 @@ rate and batch size), of profiles with resampled noise (the power laws of their 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 from perilune.pretrain.errors import InputError
 from perilune.pretrain.scaling import isoflop, parametric
 from perilune.pretrain.scaling.isoflop import PowerLaw, Profile, power_law
+from perilune.pretrain.scaling.laws import Constant, Law
 from perilune.pretrain.scaling.trials import Trial, Trials, budgets, tuned
 
 NEAR = 0.0025  # near-optimal: within so much of a budget's least loss (arXiv 2401.02954, section 3.1)
@@ -23,32 +24,6 @@ _SURE = 0.95  # of the refits of a budget must have a minimum near the sizes tri
 _DRAWS = 400
 
 Progress = Callable[[int, int], None]  # (done, of)
-
-
-@dataclass(frozen=True)
-class Constant:
-    """A constant with its 95% interval."""
-
-    value: float
-    low: float
-    high: float
-
-    def to_dict(self) -> dict[str, float]:
-        return {"value": self.value, "low": self.low, "high": self.high}
-
-
-@dataclass(frozen=True)
-class Law:
-    """value = k * C^exponent."""
-
-    k: Constant
-    exponent: Constant
-
-    def __call__(self, compute: float) -> float:
-        return float(self.k.value * compute**self.exponent.value)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"k": self.k.to_dict(), "exponent": self.exponent.to_dict()}
 
 
 @dataclass(frozen=True)
@@ -70,6 +45,7 @@ class Fit:
     laws: dict[str, Law]  # m_opt, d_opt, loss, lr_opt, batch_opt
     warnings: tuple[str, ...]
     outliers: tuple[str, ...]
+    refits: np.ndarray  # of the parametric law [draws, 5]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON."""
@@ -90,7 +66,16 @@ class Fit:
             **{name: law.to_dict() for name, law in self.laws.items()},
             "warnings": list(self.warnings),
             "outliers": list(self.outliers),
+            # What belongs together, for intervals of what a law says: all to as many digits as they are good for.
+            "draws": {
+                **({"parametric": _short(self.refits)} if self.parametric else {}),
+                **{name: _short(law.draws) for name, law in self.laws.items()},
+            },
         }
+
+
+def _short(rows: Iterable[Sequence[float]]) -> list[list[float]]:
+    return [[float(f"{value:.8g}") for value in row] for row in rows]
 
 
 def fit(trials: Trials, *, seed: int = 0, draws: int = _DRAWS, progress: Progress = lambda done, of: None) -> Fit:
@@ -100,9 +85,9 @@ def fit(trials: Trials, *, seed: int = 0, draws: int = _DRAWS, progress: Progres
     rng = np.random.default_rng(seed)
     best = tuned(trials.all)
     warnings = list(trials.warnings)
-    constants, outliers = dict[str, Constant](), list[str]()
+    constants, outliers, refits = dict[str, Constant](), list[str](), np.zeros((0, 5))
     try:
-        constants, outliers, told = _parametric(best, rng, draws, progress)
+        constants, outliers, told, refits = _parametric(best, rng, draws, progress)
         warnings += told
     except InputError as error:
         warnings.append(str(error))
@@ -115,13 +100,16 @@ def fit(trials: Trials, *, seed: int = 0, draws: int = _DRAWS, progress: Progres
             laws[name] = law
     if not constants and not laws:
         raise InputError("; ".join(warnings))
-    return Fit(trials.all, trials.all[0].per, tuple(bests), constants, laws, tuple(warnings), tuple(outliers))
+    return Fit(trials.all, trials.all[0].per, tuple(bests), constants, laws, tuple(warnings), tuple(outliers), refits)
 
 
 def _parametric(
     trials: Sequence[Trial], rng: np.random.Generator, draws: int, progress: Progress
-) -> tuple[dict[str, Constant], list[str], list[str]]:
-    """(constants, outliers, warnings). Raises InputError where `trials` do not determine them."""
+) -> tuple[dict[str, Constant], list[str], list[str], np.ndarray]:
+    """(constants, outliers, warnings, constants of refits [draws, 5]).
+
+    Raises InputError where `trials` do not determine them.
+    """
     if len(groups := budgets(trials)) < parametric.LEAST_BUDGETS:
         raise InputError(
             f"E + A/N^alpha + B/D^beta needs trials of {parametric.LEAST_BUDGETS} budgets of compute or more, not of "
@@ -148,7 +136,7 @@ def _parametric(
     constants = {name: Constant(float(v), float(lo), float(hi)) for name, v, lo, hi in found}
     vague = [name for name, value in parametric.at_bounds(theta).items() if value]
     told = f"{' and '.join(vague)} cannot be told from these trials: the best value is at its bound"
-    return constants, outliers, [told] if vague else []
+    return constants, outliers, [told] if vague else [], np.array(refits)
 
 
 def _isoflop(
@@ -217,6 +205,7 @@ def _law(found: PowerLaw, refits: Sequence[PowerLaw]) -> Law:
     return Law(
         Constant(float(np.exp(found.log_k)), float(k[0]), float(k[1])),
         Constant(found.exponent, float(e[0]), float(e[1])),
+        tuple(zip(ks.tolist(), exponents.tolist(), strict=True)),
     )
 
 

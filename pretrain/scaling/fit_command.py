@@ -6,6 +6,7 @@ import base64
 import importlib.util
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,6 +40,7 @@ def fit_command(paths: Sequence[Path], out: Path, *, mixed: bool = False, seed: 
         task = bar.add_task("refits")
         found = fit(trials, seed=seed, progress=lambda done, of: bar.update(task, completed=done, total=of))
     text = json.dumps(found.to_dict(), indent=1, allow_nan=False) + "\n"
+    text = re.sub(r"\[[-+.,\deE\s]+\]", lambda row: "".join(row[0].split()), text)  # a draw is a line
     try:
         drawn = pictures.draw(found, out)
         (out / "fit.html").write_text(_page(found, drawn), encoding="utf-8")

@@ -13,8 +13,8 @@ from scipy.optimize import least_squares
 from scipy.special import logsumexp, softmax
 
 from perilune.pretrain.errors import InputError
+from perilune.pretrain.scaling.laws import NAMES
 
-NAMES = ("E", "A", "B", "alpha", "beta")
 DELTA = 1e-3
 LEAST_BUDGETS = 3  # of compute
 LEAST_TRIALS = 8  # five constants, and some that say how well they fit

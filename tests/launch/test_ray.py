@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
 import signal
 import subprocess
 import sys
@@ -19,52 +18,15 @@ from typing import Any
 import psutil
 import pytest
 from launched_runs import STEPS, metrics, train
+from ray_nodes import ENV, PERILUNE, TOKEN, Nodes
 
 from perilune.launch import ray_driver, ray_jobs
 from perilune.launch.job import Job, JobError, Papers
 
-PERILUNE = str(Path(sys.executable).with_name("perilune"))
-TOKEN = secrets.token_hex(32)
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
-
-
-class TwoNodes:
-    def __init__(self) -> None:
-        program = str(Path(__file__).parents[1] / "shared" / "ray_cluster.py")
-        self.process = subprocess.Popen(
-            [sys.executable, "-P", program], env=ENV, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL, text=True,
-        )  # fmt: skip
-        self.address = self._read()["address"]
-
-    def tell(self, word: str) -> dict[str, Any]:
-        assert self.process.stdin is not None
-        self.process.stdin.write(word + "\n")
-        self.process.stdin.flush()
-        return self._read()
-
-    def _read(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.startswith("{"):
-                found: dict[str, Any] = json.loads(line)
-                return found
-        raise RuntimeError("the cluster ended")
-
-    def end(self) -> None:
-        processes = psutil.Process(self.process.pid).children(recursive=True)
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait(30)
-        _, left = psutil.wait_procs(processes, timeout=10)
-        for process in left:
-            process.kill()
-        assert not [process for process in left if process.name() in ("raylet", "gcs_server")]
-
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[TwoNodes]:
-    nodes = TwoNodes()
+def cluster() -> Iterator[Nodes]:
+    nodes = Nodes()
     yield nodes
     nodes.end()
 
@@ -115,7 +77,7 @@ def events(run: Path) -> list[dict[str, Any]]:
 
 
 def test_a_killed_rank_and_a_lost_node_and_the_losses_of_an_uninterrupted_run(
-    cluster: TwoNodes, packed: Path, whole: list[dict[str, Any]], tmp_path: Path
+    cluster: Nodes, packed: Path, whole: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     launched = start(["launch", "ray", "--address", cluster.address, "--nodes", "1-2", "--start-within", "60", "--",
@@ -152,9 +114,7 @@ def test_a_killed_rank_and_a_lost_node_and_the_losses_of_an_uninterrupted_run(
     assert TOKEN not in "".join(file.read_text(errors="replace") for file in run.rglob("*") if file.is_file())
 
 
-def test_asked_to_end_it_writes_a_checkpoint_and_the_job_says_so(
-    cluster: TwoNodes, packed: Path, tmp_path: Path
-) -> None:
+def test_asked_to_end_it_writes_a_checkpoint_and_the_job_says_so(cluster: Nodes, packed: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     words = [
         "launch",
@@ -177,7 +137,7 @@ def test_asked_to_end_it_writes_a_checkpoint_and_the_job_says_so(
     assert (run / "checkpoints" / "latest").read_text().strip() == f"step_{last:08d}"
 
 
-def test_a_request_without_the_token_is_refused(cluster: TwoNodes, packed: Path, tmp_path: Path) -> None:
+def test_a_request_without_the_token_is_refused(cluster: Nodes, packed: Path, tmp_path: Path) -> None:
     with pytest.raises(urllib.error.HTTPError) as refused:
         urllib.request.urlopen(f"{cluster.address}/api/jobs/", timeout=20)
     assert refused.value.code in (401, 403)

@@ -13,6 +13,8 @@ from scipy.optimize import minimize
 from perilune.pretrain.errors import InputError
 from perilune.pretrain.scaling import isoflop, parametric
 from perilune.pretrain.scaling.fit import fit
+from perilune.pretrain.scaling.laws import read_fit
+from perilune.pretrain.scaling.predict import predict
 from perilune.pretrain.scaling.trials import Trial, Trials, budgets, read_csv, tuned
 
 # Of arXiv 2203.15556, section D.3; with C = 6 N D the best size follows from them (its equation 4).
@@ -220,6 +222,22 @@ def test_the_command(tmp_path: Path, perilune: Any) -> None:
     for name in parametric.NAMES:
         assert told["parametric"][name]["low"] <= told["parametric"][name]["value"] <= told["parametric"][name]["high"]
     assert set(told["m_opt"]) == {"k", "exponent"} and told["trials"] == len(rows)
+    for law, names in (("parametric", parametric.NAMES), ("m_opt", ("k", "exponent"))):
+        drawn = np.percentile(told["draws"][law], [2.5, 97.5], axis=0)
+        assert drawn == pytest.approx(
+            np.array([[told[law][n][end] for n in names] for end in ("low", "high")]), rel=1e-6
+        )
+    # What `predict` makes of it, ten times beyond: the truth, in intervals that say something.
+    compute = 10 * COMPUTES[-1]
+    found = predict(read_fit(tmp_path / "fits" / "first"), compute)
+    size, true = best_size(compute), float(parametric.loss(TRUTH, best_size(compute), compute / 6 / best_size(compute)))
+    for value, truth, wide in (
+        (found.size, size, 4),
+        (found.tokens, compute / 6 / size, 4),
+        (found.losses[0], true, 1.05),
+    ):
+        assert value.interval is not None and value.interval[0] < truth < value.interval[1] < wide * value.interval[0]
+    assert found.warnings[0].startswith("6e+21 FLOPs are 10 times the largest trial's 6e+20")
     page = (tmp_path / "fits" / "first" / "fit.html").read_text()
     assert page.count("data:image/png;base64,") == 4 and "http" not in page.replace("http-equiv", "")
     again = perilune("fit", "sweep", "--out", "fits/first")

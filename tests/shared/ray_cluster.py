@@ -1,4 +1,6 @@
-"""A Ray cluster of two nodes on this machine: a program that obeys one word a line of its stdin, for tests.
+"""[NODES CPUS]: a Ray cluster on this machine, of two nodes with two CPUs, or so many, for tests.
+
+It obeys one word a line of its stdin.
 
 Prints {"address": URL of the job server, "pids": [...]} once it is up. `remove` ends the second node as a lost one
 (kill -9 of its raylet), `add` puts another in its place; each is answered by a line. End of stdin: all ends.
@@ -15,7 +17,10 @@ import tempfile
 from pathlib import Path
 
 HEALTH = {"initial_delay_ms": 500, "period_ms": 500, "timeout_ms": 1000, "failure_threshold": 3}
-os.environ |= {"RAY_USAGE_STATS_ENABLED": "0"} | {f"RAY_health_check_{name}": str(n) for name, n in HEALTH.items()}
+# Each driver would have as many idle workers started as there are CPUs.
+os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_prestart_worker_first_driver": "0"} | {
+    f"RAY_health_check_{name}": str(n) for name, n in HEALTH.items()
+}
 
 import psutil  # noqa: E402
 from ray.cluster_utils import Cluster  # noqa: E402
@@ -30,29 +35,30 @@ def free_port() -> int:
 
 
 def main() -> None:
+    count, cpus = map(int, sys.argv[1:] or (2, 2))
     port = free_port()
     with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as folder:
         os.environ["RAY_TMPDIR"] = folder  # where Ray notes the newest cluster
         for name in ("ray", "1"):
             Path(folder, name).mkdir()
         head = {"node_ip_address": "127.0.0.2", "include_dashboard": True, "dashboard_host": "127.0.0.1",
-                "dashboard_port": port, "num_cpus": 2, "object_store_memory": STORE,
+                "dashboard_port": port, "num_cpus": cpus, "object_store_memory": STORE,
                 "temp_dir": f"{folder}/1"}  # fmt: skip
         cluster = Cluster(initialize_head=True, connect=False, head_node_args=head)
 
         def add(number: int) -> object:
             Path(folder, str(number)).mkdir()
-            return cluster.add_node(node_ip_address=f"127.0.0.{number + 1}", num_cpus=2, object_store_memory=STORE,
+            return cluster.add_node(node_ip_address=f"127.0.0.{number + 1}", num_cpus=cpus, object_store_memory=STORE,
                                     temp_dir=f"{folder}/{number}")  # fmt: skip
 
-        number, second = 2, add(2)
+        number, second = count, [add(number) for number in range(2, count + 1)][-1:]
         say({"address": f"http://127.0.0.1:{port}"})
         for line in sys.stdin:
             if line.strip() == "remove":
-                cluster.remove_node(second, allow_graceful=False)
+                cluster.remove_node(second.pop(), allow_graceful=False)
             elif line.strip() == "add":
                 number += 1
-                second = add(number)
+                second = [add(number)]
             say({"done": line.strip(), "pids": [child.pid for child in psutil.Process().children(recursive=True)]})
         cluster.shutdown()
 

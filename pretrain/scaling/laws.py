@@ -1,0 +1,188 @@
+"""Power laws in compute, k C^exponent: those that a fit found, those that were published, and how sure they are.
+
+Nothing but the standard library: a dry run is to answer at once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from perilune.pretrain.errors import InputError
+
+NAMES = ("E", "A", "B", "alpha", "beta")  # of L(N, D) = E + A/N^alpha + B/D^beta
+Range = tuple[float, float] | None  # ends of a 95% interval; None where nothing says how sure a value is
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A constant with its 95% interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def to_dict(self) -> dict[str, float]:
+        return {"value": self.value, "low": self.low, "high": self.high}
+
+
+@dataclass(frozen=True)
+class Law:
+    """value = k * C^exponent. `draws` are the (k, exponent) of refits: only both together say how sure a value is,
+    since within one fit each follows the other."""
+
+    k: Constant
+    exponent: Constant
+    draws: tuple[tuple[float, float], ...] = field(default=(), repr=False)
+
+    def __call__(self, compute: float) -> float:
+        return float(self.k.value * compute**self.exponent.value)
+
+    def interval(self, compute: float) -> Range:
+        """Of the value at `compute` FLOPs: 95% of the draws; without them all that the constants' intervals allow."""
+        if self.draws:
+            return percentiles(k * compute**exponent for k, exponent in self.draws)
+        ends = [k * compute**e for k in (self.k.low, self.k.high) for e in (self.exponent.low, self.exponent.high)]
+        return None if min(ends) == max(ends) else (min(ends), max(ends))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"k": self.k.to_dict(), "exponent": self.exponent.to_dict()}
+
+
+def exactly(k: float, exponent: float) -> Law:
+    """A law of which no interval is known."""
+    return Law(Constant(k, k, k), Constant(exponent, exponent, exponent))
+
+
+# arXiv 2401.02954: section 3.1, figure 3 (learning rate; batch in tokens), and section 3.2 (M, training FLOPs a token).
+DEEPSEEK = {"lr": exactly(0.3118, -0.1250), "batch": exactly(0.2920, 0.3271), "size": exactly(0.1715, 0.5243)}
+
+
+@dataclass(frozen=True)
+class Loss:
+    """L(N, D) = E + A/N^alpha + B/D^beta, with the constants [5] of refits."""
+
+    theta: tuple[float, ...]  # in the order of NAMES
+    draws: tuple[tuple[float, ...], ...] = field(default=(), repr=False)
+
+    def __call__(self, size: float, tokens: float) -> float:
+        return _loss(self.theta, size, tokens)
+
+    def interval(self, size: float, tokens: float) -> Range:
+        return percentiles(_loss(theta, size, tokens) for theta in self.draws) if self.draws else None
+
+    def best_size(self, times: float, compute: float) -> float:
+        """The size of the least loss where C = times * size * tokens (arXiv 2203.15556, equation 4)."""
+        return _best(self.theta, times, compute)
+
+    def best_interval(self, times: float, compute: float) -> Range:
+        draws = [theta for theta in self.draws if theta[3] + theta[4] > 0 and min(theta[1:]) > 0]
+        return percentiles(_best(theta, times, compute) for theta in draws) if draws else None
+
+
+def _loss(theta: Sequence[float], size: float, tokens: float) -> float:
+    E, A, B, alpha, beta = theta
+    return E + A / size**alpha + B / tokens**beta
+
+
+def _best(theta: Sequence[float], times: float, compute: float) -> float:
+    _, A, B, alpha, beta = theta
+    return float((alpha * A / (beta * B)) ** (1 / (alpha + beta)) * (compute / times) ** (beta / (alpha + beta)))
+
+
+def percentiles(values: Iterable[float]) -> tuple[float, float]:
+    """The 2.5th and the 97.5th, linear between neighbours."""
+    found = sorted(values)
+
+    def at(part: float) -> float:
+        place = part * (len(found) - 1)
+        below = int(place)
+        return found[below] + (place - below) * (found[min(below + 1, len(found) - 1)] - found[below])
+
+    return at(0.025), at(0.975)
+
+
+@dataclass(frozen=True)
+class Laws:
+    """What a fit.json says."""
+
+    file: str
+    per: str  # params or flops_per_token
+    least: float  # FLOPs of the smallest trial
+    most: float
+    laws: dict[str, Law]  # of m_opt, d_opt, loss, lr_opt, batch_opt those that it has
+    loss: Loss | None
+
+    @property
+    def times(self) -> float:
+        """C = times * size * tokens: 6 for parameters (arXiv 2001.08361)."""
+        return 6.0 if self.per == "params" else 1.0
+
+    def best_size(self, compute: float) -> tuple[float, Range, str]:
+        """(size, its interval, by what) for `compute` FLOPs. Raises InputError where the fit says none."""
+        if law := self.laws.get("m_opt"):
+            return law(compute), law.interval(compute), "IsoFLOP minima"
+        if self.loss is not None and min(self.loss.theta[1:]) > 0:
+            found = self.loss.best_size(self.times, compute)
+            return found, self.loss.best_interval(self.times, compute), "L(N, D)"
+        raise InputError(f"{self.file} says no best size: neither m_opt nor a whole `parametric`; fit more trials")
+
+
+def read_fit(path: Path) -> Laws:
+    """A `fit.json` of `perilune fit`, or one written by hand, where `low`, `high` and `draws` may lack.
+
+    Raises InputError for a file that cannot be read, or whose constants are no numbers or cannot be.
+    """
+    file = path / "fit.json" if path.is_dir() else path
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} cannot be read as the fit.json of `perilune fit`: {error}") from error
+    try:
+        per = found.get("per", "flops_per_token")
+        if per not in ("params", "flops_per_token"):
+            raise ValueError(f"per={per!r} is neither params nor flops_per_token")
+        draws = found.get("draws", {})
+        laws = {
+            name: Law(
+                _constant(found[name]["k"], _positive),
+                _constant(found[name]["exponent"]),
+                tuple((_positive(k), float(e)) for k, e in draws.get(name, ())),
+            )
+            for name in ("m_opt", "d_opt", "loss", "lr_opt", "batch_opt")
+            if name in found
+        }
+        loss = None
+        if found.get("parametric"):
+            theta = tuple(_constant(found["parametric"][name], _not_below_zero).value for name in NAMES)
+            rows = [tuple(_not_below_zero(value) for value in row) for row in draws.get("parametric", ())]
+            if any(len(row) != len(NAMES) for row in rows):
+                raise ValueError(f"draws.parametric: each row has the {len(NAMES)} constants {', '.join(NAMES)}")
+            loss = Loss(theta, tuple(rows))
+        ends = found["compute"]
+        return Laws(str(file), per, _positive(ends["least"]), _positive(ends["most"]), laws, loss)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        told = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
+        raise InputError(f"{file} is no fit.json: {told}; `perilune fit` writes them (docs/scaling.md)") from error
+
+
+def _constant(found: dict[str, Any], kind: Callable[[Any], float] = float) -> Constant:
+    value = kind(found["value"])
+    return Constant(value, kind(found.get("low", value)), kind(found.get("high", value)))
+
+
+def _positive(value: Any) -> float:
+    number = float(value)
+    if not 0 < number < float("inf"):
+        raise ValueError(f"{value!r} must be above 0 and finite")
+    return number
+
+
+def _not_below_zero(value: Any) -> float:
+    number = float(value)
+    if not 0 <= number < float("inf"):
+        raise ValueError(f"{value!r} must not be below 0, and finite")
+    return number

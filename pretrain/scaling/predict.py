@@ -1,0 +1,143 @@
+"""What a fit says of a budget of compute: size, tokens, batch, learning rate, loss; and a run of that size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from perilune.pretrain import rules
+from perilune.pretrain.errors import InputError
+from perilune.pretrain.scaling.laws import DEEPSEEK, Laws, Range
+from perilune.pretrain.scaling.sizes import scaled, size_of
+from perilune.pretrain.schedule import total_tokens
+from perilune.pretrain.schema import Config
+
+_FAR = 1000.0  # times the largest trial: as far as DeepSeek LLM's laws were tried (arXiv 2401.02954, section 3.2)
+
+
+@dataclass(frozen=True)
+class Value:
+    """A quantity with its 95% interval, and what says so."""
+
+    value: float
+    interval: Range
+    by: str
+
+    def to_dict(self) -> dict[str, Any]:
+        low, high = self.interval or (None, None)
+        return {"value": self.value, "low": low, "high": high, "by": self.by}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """For `compute` FLOPs, C = times * size * tokens."""
+
+    compute: float
+    per: str
+    size: Value
+    tokens: Value
+    batch_tokens: Value
+    lr: Value
+    losses: tuple[Value, ...]  # by each law that says one
+    warnings: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON; `loss` is the first law's."""
+        return {
+            "compute": self.compute,
+            "per": self.per,
+            "size": self.size.to_dict(),
+            "tokens": self.tokens.to_dict(),
+            "batch_tokens": self.batch_tokens.to_dict(),
+            "lr": self.lr.to_dict(),
+            "loss": self.losses[0].to_dict() if self.losses else None,
+            "losses": [loss.to_dict() for loss in self.losses],
+            "warnings": list(self.warnings),
+        }
+
+
+def predict(laws: Laws, compute: float) -> Prediction:
+    """Of `compute` training FLOPs. Raises InputError where the fit says no best size."""
+    size, sizes, by = laws.best_size(compute)
+    tokens = compute / (laws.times * size)
+    of_tokens = None if sizes is None else (compute / (laws.times * sizes[1]), compute / (laws.times * sizes[0]))
+    warnings = _beyond(laws, compute)
+    settings = {}
+    for name, key, what in (("lr_opt", "lr", "learning rate"), ("batch_opt", "batch", "batch size")):
+        law = laws.laws.get(name)
+        source = name if law else "DeepSeek LLM"
+        law = law or DEEPSEEK[key]
+        settings[key] = Value(law(compute), law.interval(compute), source)
+        if source != name:
+            warnings.append(
+                f"{laws.file} has no law of the {what}: {law.k.value:g} C^{law.exponent.value:g} of DeepSeek LLM "
+                "(arXiv 2401.02954, section 3.1), fitted to dense models, stands in for it"
+            )
+    losses = []
+    if laws.loss is not None:
+        # At the best size; which size that is, is no reason to doubt the loss, which is flat there.
+        losses.append(Value(laws.loss(size, tokens), laws.loss.interval(size, tokens), "L(N, D)"))
+    if law := laws.laws.get("loss"):
+        losses.append(Value(law(compute), law.interval(compute), "k C^exponent"))
+    return Prediction(
+        compute, laws.per, Value(size, sizes, by), Value(tokens, of_tokens, by), settings["batch"], settings["lr"],
+        tuple(losses), tuple(warnings),
+    )  # fmt: skip
+
+
+def _beyond(laws: Laws, compute: float) -> list[str]:
+    if compute > laws.most:
+        factor = compute / laws.most
+        far = f", further than the {_FAR:,.0f} times that DeepSeek LLM's laws were tried for" if factor > _FAR else ""
+        return [
+            f"{compute:.3g} FLOPs are {_times(factor)} times the largest trial's {laws.most:.3g}{far}: intervals "
+            "hold if the laws go on as they are"
+        ]
+    if compute < laws.least:
+        return [
+            f"{compute:.3g} FLOPs are {_times(laws.least / compute)} times below the smallest trial's {laws.least:.3g}"
+        ]
+    return []
+
+
+def _times(factor: float) -> str:
+    return f"{factor:,.0f}" if factor >= 100 else f"{factor:.2g}"
+
+
+def run_of(found: Prediction, base: Config, world: int) -> Config:
+    """`base`, its layers and width scaled to the predicted size, with tokens, batch and learning rate for it.
+
+    Tokens are C over the size that whole layers and widths gave. Warm-up, and a ramp of the batch, keep their parts of
+    the run. Raises InputError for a model that cannot be made, or does not fit `world` processes.
+    """
+    length = base.data.seq_len
+    # A pipeline's map of layers is of one number of them.
+    parallel = replace(base.parallel, layout=None)
+    model = scaled(base.model, length, found.size.value, found.per)
+    times = 6.0 if found.per == "params" else 1.0
+    tokens = round(found.compute / (times * size_of(model, length, found.per)))
+    multiple = (
+        rules.mesh_of(base, world).dp * base.train.micro_batch_size * (base.parallel.pp if base.parallel.vpp > 1 else 1)
+    )
+    rows = max(1, round(found.batch_tokens.value / length / multiple)) * multiple
+    if tokens < rows * length:
+        raise InputError(
+            f"{tokens:,} tokens are less than a batch of {rows} rows of {length}: {found.compute:g} is too little"
+        )
+    part = tokens / total_tokens(base.train, length)
+    start = max(1, round(base.train.batch_ramp_start / base.train.global_batch_size * rows))
+    train = replace(
+        base.train, steps=0, tokens=tokens, global_batch_size=rows,
+        batch_ramp_tokens=round(base.train.batch_ramp_tokens * part),
+        batch_ramp_start=start if base.train.batch_ramp_tokens else base.train.batch_ramp_start,
+    )  # fmt: skip
+    config = replace(
+        base,
+        model=model,
+        parallel=parallel,
+        train=train,
+        optim=replace(base.optim, lr=float(f"{found.lr.value:.3g}")),
+        schedule=replace(base.schedule, warmup_tokens=round(base.schedule.warmup_tokens * part)),
+    )
+    rules.check(config, world)
+    return config

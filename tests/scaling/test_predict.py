@@ -1,0 +1,161 @@
+"""Predictions from laws that are known: DeepSeek LLM's own, and fits of trials that were drawn from one."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from perilune.pretrain import config as configs
+from perilune.pretrain.errors import InputError
+from perilune.pretrain.plan.counts import scaling_flops
+from perilune.pretrain.plan.hardware import flops_per_s
+from perilune.pretrain.scaling.laws import read_fit
+from perilune.pretrain.scaling.predict import predict
+
+# arXiv 2401.02954, section 3; trials of 1e17 to 3e20 FLOPs.
+PUBLISHED: dict[str, Any] = {
+    "per": "flops_per_token",
+    "compute": {"least": 1e17, "most": 3e20},
+    "m_opt": {"k": {"value": 0.1715}, "exponent": {"value": 0.5243}},
+    "lr_opt": {"k": {"value": 0.3118}, "exponent": {"value": -0.1250}},
+    "batch_opt": {"k": {"value": 0.2920}, "exponent": {"value": 0.3271}},
+}
+
+
+def write(folder: Path, found: dict[str, Any]) -> Path:
+    file = folder / "fit.json"
+    file.write_text(json.dumps(found))
+    return file
+
+
+@pytest.mark.parametrize(
+    ("layers", "hidden", "lr", "batch", "off_lr", "off_batch"),
+    [
+        (30, 4096, 4.2e-4, 2304 * 4096, 0.015, 0.03),  # 7B
+        # 67B: the formula says 3.12e-4 and 20.6M tokens, the paper took 3.2e-4 and 18.9M.
+        (95, 8192, 3.2e-4, 4608 * 4096, 0.03, 0.10),
+    ],
+)
+def test_deepseek_llms_formulas_give_its_settings(
+    tmp_path: Path, layers: int, hidden: int, lr: float, batch: int, off_lr: float, off_batch: float
+) -> None:
+    """Of 7B and 67B on 2T tokens (section 2.3): 1.1% and -2.3% off; -2.5% and +9.4%. How it rounded is not said."""
+    compute = (72 * layers * hidden**2 + 12 * layers * hidden * 4096) * 2e12
+    found = predict(read_fit(write(tmp_path, PUBLISHED)), compute)
+    assert found.lr.value == pytest.approx(lr, rel=off_lr)
+    assert found.batch_tokens.value == pytest.approx(batch, rel=off_batch)
+    assert found.size.value * found.tokens.value == pytest.approx(compute)
+    assert found.size.value == pytest.approx(0.1715 * compute**0.5243) and found.lr.interval is None
+    # D_opt is published as a law of its own, 5.8316 C^0.4757.
+    assert found.tokens.value == pytest.approx(5.8316 * compute**0.4757, rel=1e-3)
+    factor = compute / 3e20
+    assert f"{factor:,.0f} times the largest trial's 3e+20" in found.warnings[0]
+
+
+def test_intervals_are_those_of_the_draws(tmp_path: Path) -> None:
+    """Of constants that follow each other the product is known far better than the constants' box says."""
+    draws = [[0.1715 * 1e20 ** (-e), 0.5243 + e] for e in (-0.02, -0.01, 0.0, 0.01, 0.02)]
+    box = {"k": {"value": 0.1715, "low": 0.06, "high": 0.45}, "exponent": {"value": 0.5243, "low": 0.5, "high": 0.55}}
+    with_draws = predict(read_fit(write(tmp_path, PUBLISHED | {"m_opt": box, "draws": {"m_opt": draws}})), 1e20)
+    boxed = predict(read_fit(write(tmp_path, PUBLISHED | {"m_opt": box})), 1e20)
+    assert with_draws.size.interval == pytest.approx([with_draws.size.value] * 2, rel=1e-9)
+    assert boxed.size.interval == pytest.approx((0.06 * 1e20**0.5, 0.45 * 1e20**0.55))
+    assert not with_draws.warnings
+    low, high = boxed.tokens.interval or (0, 0)
+    assert (low, high) == pytest.approx((1e20 / (0.45 * 1e20**0.55), 1e20 / (0.06 * 1e20**0.5)))
+
+
+def test_the_parametric_law_alone_says_size_and_loss(tmp_path: Path) -> None:
+    """Hoffmann et al., arXiv 2203.15556: at Gopher's budget, 5.76e23, the third approach says 40B (table 3)."""
+    theta = {"E": 1.69, "A": 406.4, "B": 410.7, "alpha": 0.34, "beta": 0.28}
+    found = {
+        "per": "params",
+        "compute": {"least": 6e18, "most": 3e21},
+        "parametric": {k: {"value": v} for k, v in theta.items()},
+    }
+    said = predict(read_fit(write(tmp_path, found)), 5.76e23)
+    assert said.size.value == pytest.approx(40e9, rel=0.2) and said.size.by == "L(N, D)"
+    n, d = said.size.value, said.tokens.value
+    assert 6 * n * d == pytest.approx(5.76e23)
+    loss = 1.69 + 406.4 / n**0.34 + 410.7 / d**0.28
+    assert said.losses[0].value == pytest.approx(loss)
+    for other in (0.8, 1.25):
+        assert loss < 1.69 + 406.4 / (n * other) ** 0.34 + 410.7 / (d / other) ** 0.28, "it is the least"
+    assert [("DeepSeek LLM" in w and "stands in" in w) for w in said.warnings] == [False, True, True]
+
+
+def test_the_command_writes_a_configuration_of_that_size(tmp_path: Path, perilune: Any) -> None:
+    write(tmp_path, PUBLISHED | {"compute": {"least": 1e11, "most": 1e13}})
+    words = [
+        "predict",
+        "fit.json",
+        "--compute",
+        "1e14",
+        "--preset",
+        "demo",
+        "--out",
+        "next.yaml",
+        "data.path=/data/train",
+    ]
+    done = perilune(*words)
+    assert done.returncode == 0, done.stderr
+    assert "10 times the largest trial's 1e+13" in done.stdout
+    assert "next: perilune train demo --config next.yaml --nproc 2 --dry-run" in done.stdout
+    config = configs.resolve("demo", (), tmp_path / "next.yaml")
+    m = scaling_flops(config.model, 512)
+    assert m == pytest.approx(0.1715 * 1e14**0.5243, rel=0.05)
+    assert m * config.train.tokens == pytest.approx(1e14) and config.data.path == "/data/train"
+    assert config.optim.lr == pytest.approx(0.3118 * 1e14**-0.125, rel=5e-3)
+    assert config.train.global_batch_size == round(0.2920 * 1e14**0.3271 / 512 / 4) * 4  # two ranks of two rows
+    plain = perilune("train", "demo", "--config", "next.yaml", "--nproc", "2", "--dry-run", "valid.every=0")
+    assert plain.returncode == 0, plain.stderr
+    assert "never" not in plain.stderr and f"{config.train.tokens:,} tokens" in plain.stdout
+    assert "is not written over" in perilune(*words).stderr
+
+
+def test_a_cluster_for_some_days_is_a_budget(tmp_path: Path, perilune: Any) -> None:
+    write(tmp_path, PUBLISHED)
+    done = perilune("predict", "fit.json", "--gpus", "64", "--gpu", "h800", "--days", "2", "--mfu", "0.5", "--json")
+    assert json.loads(done.stdout)["compute"] == pytest.approx(64 * 989e12 * 0.5 * 2 * 86400)
+    assert flops_per_s("A100") == 312e12
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "--compute C, or --gpus N --gpu NAME --days D; missing: --gpus, --gpu, --days"),
+        (["--gpus", "8", "--gpu", "H100"], "missing: --days"),
+        (["--gpus", "8", "--gpu", "Voodoo", "--days", "1"], "--gpu Voodoo: its rate is not known.*H100"),
+        (["--compute", "1e20", "--days", "3"], "give C, or --gpus"),
+        (["--compute", "1e20", "--out", "x.yaml"], "--out needs --preset"),
+        (["--compute", "1e20", "--preset", "demo"], "say --out"),
+    ],
+)
+def test_questions_that_cannot_be_answered(tmp_path: Path, perilune: Any, words: list[str], message: str) -> None:
+    write(tmp_path, PUBLISHED)
+    done = perilune("predict", "fit.json", *words)
+    assert done.returncode == 2 and re.search(message, done.stderr), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"compute": None}, "is no fit.json"),
+        ({"m_opt": {"k": {"value": -1}, "exponent": {"value": 0.5}}}, "-1 must be above 0"),
+        ({"m_opt": {"k": {}, "exponent": {"value": 0.5}}}, "'value' is missing"),
+        ({"per": "apples"}, "per='apples' is neither"),
+    ],
+)
+def test_a_fit_that_is_none_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        read_fit(write(tmp_path, PUBLISHED | change))
+
+
+def test_a_fit_without_a_best_size_is_refused(tmp_path: Path) -> None:
+    alone = {key: value for key, value in PUBLISHED.items() if key != "m_opt"}
+    with pytest.raises(InputError, match="says no best size"):
+        predict(read_fit(write(tmp_path, alone)), 1e20)
