@@ -17,6 +17,7 @@ from perilune.pretrain.schema import Model
 
 _INNER = ("q_lora_rank", "kv_lora_rank", "intermediate_size", "moe_intermediate_size")
 _LARGEST = 64  # times the base's width
+_OFF = 0.25  # that a size may be off
 
 
 def size_of(model: Model, seq_len: int, per: str) -> float:
@@ -35,12 +36,16 @@ def scaled(base: Model, seq_len: int, size: float, per: str = "flops_per_token")
     layers = max(1, round(base.num_layers * ratio))
     step = _step(base.hidden_size)
     widths = range(step, _LARGEST * base.hidden_size + 1, step)
-    found = _of(base, layers, _nearest(base, layers, widths, seq_len, size, per))
-    have = size_of(found, seq_len, per)
-    if not 0.75 <= have / size <= 1.25:
+    # A layer more or less where there is no width for that many: heads go in steps too.
+    for depth in (layers, layers + 1, max(1, layers - 1)):
+        found = _of(base, depth, _nearest(base, depth, widths, seq_len, size, per))
+        have = size_of(found, seq_len, per)
+        if 1 - _OFF <= have / size <= 1 + _OFF:
+            break
+    else:
         raise InputError(
             f"no model near {per}={size:.4g} comes from scaling layers and width of one with {base.num_layers} layers "
-            f"and hidden size {base.hidden_size}: the nearest has {layers} and {found.hidden_size}, {per}={have:.4g}; "
+            f"and hidden size {base.hidden_size}: of {depth} and {found.hidden_size} it is {have:.4g}; "
             "begin from a base nearer to it"
         )
     return found
