@@ -72,14 +72,15 @@ def test_train_hands_on_every_word(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     file.touch()
     weights.mkdir()
     words = ["train", "tiny", "--config", str(file), "train.steps=3", "--run", "r", "--nproc", "2", "--dry-run"]
-    words += ["--profile", "optim.lr=-1", "--init-from", str(weights)]
+    words += ["--profile", "optim.lr=-1", "--init-from", str(weights), "--plot", "s.png"]
     done = CliRunner().invoke(main, words)
     assert done.exit_code == 0, done.output
-    assert body.args == ("tiny", ("train.steps=3", "optim.lr=-1"), file, Path("r"), 2, True, True, Start(weights))
+    given = ("tiny", ("train.steps=3", "optim.lr=-1"), file, Path("r"), 2, True, True, Start(weights), Path("s.png"))
+    assert body.args == given
     CliRunner().invoke(main, ["train", "tiny"])
-    assert body.args == ("tiny", (), None, None, None, False, False, Start())
+    assert body.args == ("tiny", (), None, None, None, False, False, Start(), None)
     CliRunner().invoke(main, ["train", "demo_vlm", "stage=align", "--after", str(weights), "--after", str(tmp_path)])
-    assert body.args[-1] == Start(after=(weights, tmp_path))
+    assert body.args[-2] == Start(after=(weights, tmp_path))
 
 
 @pytest.mark.parametrize(
