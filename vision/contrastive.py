@@ -209,7 +209,8 @@ def blocks(rows: int, columns: int) -> Iterator[slice]:
 
 
 def _number(value: float) -> torch.nn.Parameter:
-    # A vector: Megatron-core's optimizer decays no vectors, but it does decay what has no dims at all.
+    # A vector: Megatron-core marks these as not to be decayed, but not what has no dims at all. (Its mark acts through
+    # its scheduler alone, which Perilune does not use: all weights decay.)
     parameter = torch.nn.Parameter(torch.tensor([value], dtype=torch.float32))
     parameter.starts_at = value  # type: ignore[attr-defined]  # what `moe.init` would draw is not for it
     return parameter
