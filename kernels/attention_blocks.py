@@ -59,11 +59,12 @@ class _Blocked(torch.autograd.Function):
         q, k, v = (_by_head(x) for x in (q_QND, k_KND, v_KNE))
         out_QNE = v_KNE.new_empty(q_QND.shape[0], *v_KNE.shape[1:])
         out, shares = out_QNE.transpose(0, 1), _shares(q.shape[0])
-        keep = backward and v.dtype != _wide(v[:, :0]).dtype and _numbers(queries, keys, q.shape[0]) <= KEPT
+        wide_q, wide_k = _wide(q), _wide(k)
+        keep = backward and v.dtype != wide_q.dtype and _numbers(queries, keys, q.shape[0]) <= KEPT
         kept: list[list[torch.Tensor]] = [[] for _ in shares]
 
         def work(mine: Iterator[int]) -> None:
-            scores = _Scores(q, k, scale)
+            scores = _Scores(wide_q, wide_k, scale)
             low = scores.buffer(v.dtype)
             for i in mine:
                 for heads, block, seen in _blocks(queries, keys, shares[i]):
@@ -82,13 +83,14 @@ class _Blocked(torch.autograd.Function):
     def backward(ctx: Any, grad_QNE: torch.Tensor) -> Any:
         q_QND, k_KND, v_KNE, *kept = ctx.saved_tensors
         q, k, v, grad = (_by_head(x) for x in (q_QND, k_KND, v_KNE, grad_QNE))
-        wide = _wide(q[:, :0]).dtype
+        wide_q, wide_k = _wide(q), _wide(k)
+        wide = wide_q.dtype
         dq_QND = torch.empty_like(q_QND, memory_format=torch.contiguous_format)
         dq = dq_QND.transpose(0, 1)
         dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (k, v))
 
         def work(mine: Iterator[int]) -> None:
-            scores = _Scores(q, k, ctx.scale)
+            scores = _Scores(wide_q, wide_k, ctx.scale)
             d_scores = scores.buffer(wide)
             p_low, ds_low = (scores.buffer(q.dtype) for _ in range(2)) if q.dtype != wide else (d_scores, d_scores)
             for i in mine:
@@ -105,15 +107,15 @@ class _Blocked(torch.autograd.Function):
                     _add_product(dk[heads, seen], ds, q[heads, block], ctx.scale)
                     _add_product(dv[heads, seen], p, grad[heads, block], 1.0)
 
-        threads.share(work, range(len(ctx.shares)), len(ctx.shares))
+        threads.share(work, range(len(ctx.shares)), min(len(ctx.shares), threads.available()))
         return dq_QND, dk.transpose(0, 1).to(k.dtype), dv.transpose(0, 1).to(v.dtype), None, None, None, None
 
 
 class _Scores:
-    """Softmax of a block's scores, always in the same memory."""
+    """Softmax of a block's scores, from queries and keys in fp32 at least, always in the same memory."""
 
     def __init__(self, q_NQD: torch.Tensor, k_NKD: torch.Tensor, scale: float) -> None:
-        self._q, self._k, self._scale = _wide(q_NQD), _wide(k_NKD), scale
+        self._q, self._k, self._scale = q_NQD, k_NKD, scale
         self.dtype = self._q.dtype
         self._size = max(SCORES, BLOCK * k_NKD.shape[1])
         self._scores = self.buffer(self.dtype)

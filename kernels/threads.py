@@ -19,8 +19,9 @@ SHARED = 0.75  # of a thread's own rate, about: what each of several gets out of
 
 
 def available() -> int:
-    """Threads that `share` can use. One under a dispatch mode (a FLOP counter), which sees its own thread alone."""
-    return 1 if _get_current_dispatch_mode() is not None else min(MOST, torch.get_num_threads())
+    """Threads that `share` can use. One where a profiler or a FLOP counter looks, which sees its own thread alone."""
+    looked_at = torch.autograd._profiler_enabled() or _get_current_dispatch_mode() is not None
+    return 1 if looked_at else min(MOST, torch.get_num_threads())
 
 
 def worth(sizes: Sequence[int]) -> int:
@@ -40,15 +41,16 @@ def share[T](work: Callable[[Iterator[T]], None], items: Sequence[T], threads: i
     left = list(reversed(items))
     before = torch.get_num_threads()
 
-    def draw() -> None:
-        torch.set_num_threads(before // threads)  # each thread has a number of its own
+    def draw(number: int) -> None:
+        # Each thread has a number of its own.
+        torch.set_num_threads(max(1, before // threads + (number < before % threads)))
         with torch.no_grad():
             work(_drawn(left))
 
     others: list[Future[None]] = []
     try:
-        others += [_pool().submit(draw) for _ in range(threads - 1)]
-        draw()
+        others += [_pool().submit(draw, number) for number in range(1, threads)]
+        draw(0)
     finally:
         wait(others)
         torch.set_num_threads(before)

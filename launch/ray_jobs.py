@@ -78,11 +78,12 @@ def run(job: Job, address: str | None, *, insecure: bool, wait: bool) -> int:
         return _run_here(job, papers)
     number = f"perilune_{secrets.token_hex(8)}"
     where = {"launcher": "ray", "address": address, "job": number, "run_dir": str(job.run_dir)}
-    papers.write(job, where)  # before: a job that nobody knows of could be submitted a second time
+    # Before, and left there after an error: a job that nobody knows of could be submitted a second time, and an answer
+    # that got lost may be of one that was taken. Whether it was, the cluster says when it is asked next.
+    papers.write(job, where)
     try:
         client.submit_job(**_submission(job), submission_id=number)
     except Exception as error:  # of requests, of Ray: what the server said is all there is to say
-        papers.write(job, where | {"job": ""})
         raise JobError(f"{address} did not take the job: {_line(error)}") from error
     print(f"submitted: job {number} to {address}", file=sys.stderr, flush=True)
     return _stay(client, number, papers) if wait else 0
@@ -92,8 +93,6 @@ def state(where: dict[str, Any]) -> str:
     """`running`, `pending`, `done`, `failed`, ..., as the cluster says it."""
     if not where.get("address"):
         return local.state(where)
-    if not where.get("job"):
-        return "not submitted"
     try:
         word = str(_client(where["address"], True).get_job_status(where["job"]).value)
     except Exception as error:

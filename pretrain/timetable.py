@@ -18,14 +18,19 @@ class StepPlan:
     bias_speed: float  # gamma, V3 section 2.1.2
 
 
+def rows_multiple(config: Config, dp: int) -> int:
+    """What the rows of a step must divide by on `dp` data-parallel ranks."""
+    # Interleaved stages pass micro-batches on in groups of pp.
+    at_once = config.parallel.pp if config.parallel.vpp > 1 else 1
+    return dp * config.train.micro_batch_size * at_once
+
+
 class Timetable:
     """The schedules of `config` for `dp` data-parallel ranks."""
 
     def __init__(self, config: Config, dp: int) -> None:
         self._config = config
-        # Interleaved stages pass micro-batches on in groups of pp.
-        at_once = config.parallel.pp if config.parallel.vpp > 1 else 1
-        self._multiple = dp * config.train.micro_batch_size * at_once
+        self._multiple = rows_multiple(config, dp)
         self.total_tokens = schedule.total_tokens(config.train, config.data.seq_len, self._multiple)
         self.total_steps = schedule.total_steps(config.train, config.data.seq_len, self._multiple)
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
 
 import torch
 import torch.distributed as dist
@@ -182,12 +181,28 @@ def _owner(boxes: Mapping[Box, list[int]], load: list[float], work: float) -> in
 
 def _check(name: Name, shape: _Sides, boxes: list[Box]) -> None:
     """Raises ValueError unless `boxes` tile the matrix."""
-    covered = sum(box.rows * box.columns for box in boxes)
-    inside = all(box.row + box.rows <= shape[0] and box.column + box.columns <= shape[1] for box in boxes)
-    edges = sorted((box.row, box.column) for box in boxes)
-    twice = any(len(list(same)) > 1 for _, same in groupby(edges))
-    if covered != shape[0] * shape[1] or not inside or twice:
+    if not _tiled(shape, boxes):
+        covered = sum(box.rows * box.columns for box in boxes)
         raise ValueError(
             f"{name}: ranks hold {covered} elements of its {shape[0]} x {shape[1]} in {len(boxes)} pieces that do not "
             "tile it: a weight is split in a way that Muon does not know"
         )
+
+
+def _tiled(shape: _Sides, boxes: list[Box]) -> bool:
+    """Whether at each row, from top to bottom, the boxes there stand side by side from the first column to the last."""
+    left = sorted(boxes, key=lambda box: box.row, reverse=True)
+    here: list[Box] = []
+    row = 0
+    while row < shape[0]:
+        here = [box for box in here if box.row + box.rows > row]
+        while left and left[-1].row <= row:
+            here.append(left.pop())
+        here.sort(key=lambda box: box.column)
+        ends = [0, *(box.column + box.columns for box in here)]
+        if [box.column for box in here] != ends[:-1] or ends[-1] != shape[1]:
+            return False
+        row = min(box.row + box.rows for box in here)
+        if left and left[-1].row < row:
+            row = left[-1].row
+    return not left and all(box.row + box.rows <= shape[0] for box in here)

@@ -23,6 +23,7 @@ from perilune.pretrain.scaling.laws import DEEPSEEK, Law, exactly, read_fit
 from perilune.pretrain.scaling.sizes import scaled
 from perilune.pretrain.schedule import total_tokens
 from perilune.pretrain.schema import Config, Model
+from perilune.pretrain.timetable import rows_multiple
 from perilune.pretrain.train_command import ready
 
 LEAST_STEPS = 20  # of a trial: whole steps are then within 2.5% of its budget, less than `perilune fit` tells apart
@@ -151,7 +152,11 @@ def plan(ladder: Ladder, world: int, *, data_there: bool = True) -> list[Planned
                     for seed in ladder.seeds or (base.train.seed,):
                         trial = _trial(ladder, replace(base, model=model), world, compute, name, times_lr, times_batch,
                                        seed)  # fmt: skip
-                        found.setdefault(trial.name, trial)
+                        if found.setdefault(trial.name, trial).words != trial.words:
+                            raise InputError(
+                                f"{ladder.file}: two trials are named {trial.name}: budgets or sizes differ in the "
+                                "fourth digit alone; set them further apart"
+                            )
     trials = sorted(found.values(), key=lambda trial: (trial.budget, trial.flops_per_token))
     _check(ladder, trials, world)
     _check_unique(ladder, trials, data_there)
@@ -187,7 +192,7 @@ def _trial(
 ) -> Planned:
     flops = scaling_flops(config.model, config.data.seq_len)
     lr = float(f"{times_lr * ladder.law['lr'](compute):.3g}")
-    multiple = rules.mesh_of(config, world).dp * config.train.micro_batch_size
+    multiple = rows_multiple(config, rules.mesh_of(config, world).dp)
     batch = times_batch * ladder.law["batch"](compute) / config.data.seq_len
     rows = max(1, round(batch / multiple)) * multiple
     steps = max(1, round(compute / flops / (rows * config.data.seq_len)))
@@ -373,6 +378,9 @@ def _numbers(file: Path, key: str, found: Any, *, whole: bool = False, zero: boo
     return tuple(values if whole else map(float, values))
 
 
+_WAYS = ("scale", "count", "within")  # sizes that have no names
+
+
 def _sizes(file: Path, found: Any) -> dict[str, Any]:
     ways = "names with keys of the model, {scale: [0.5, 1, 2]}, or {count: 5, within: 3}"
     if not isinstance(found, dict) or not found:
@@ -387,6 +395,8 @@ def _sizes(file: Path, found: Any) -> dict[str, Any]:
         return {"count": count, "within": within}
     named = {}
     for name, keys in found.items():
+        if name in _WAYS:
+            raise InputError(f"{file}: sizes: {name} stands beside {', '.join(map(str, found))}: {ways}")
         if not isinstance(name, str) or not name.replace("-", "").replace(".", "").isalnum():
             raise InputError(f"{file}: sizes: {name!r}: {ways}; a name has letters, digits, - and .")
         named[name] = tuple(_words(file, f"sizes.{name}", keys))
@@ -418,7 +428,7 @@ def _budgets(file: Path, found: Any, sizes: Mapping[str, Any]) -> Iterator[tuple
 def _grid(file: Path, found: Any, sizes: Mapping[str, Any]) -> Any:
     if found in ("middle", "all"):
         return found
-    if isinstance(found, list) and found and all(name in sizes for name in found):
+    if isinstance(found, list) and found and all(name in sizes and name not in _WAYS for name in found):
         return tuple(found)
     raise InputError(f"{file}: grid={found!r}: middle, all, or a list of names of sizes ({', '.join(sizes)})")
 

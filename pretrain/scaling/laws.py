@@ -115,6 +115,7 @@ class Laws:
     most: float
     laws: dict[str, Law]  # of m_opt, d_opt, loss, lr_opt, batch_opt those that it has
     loss: Loss | None
+    warnings: tuple[str, ...] = ()  # of the fit itself
 
     @property
     def times(self) -> float:
@@ -162,8 +163,8 @@ def read_fit(path: Path) -> Laws:
             if any(len(row) != len(NAMES) for row in rows):
                 raise ValueError(f"draws.parametric: each row has the {len(NAMES)} constants {', '.join(NAMES)}")
             loss = Loss(theta, tuple(rows))
-        ends = found["compute"]
-        return Laws(str(file), per, _positive(ends["least"]), _positive(ends["most"]), laws, loss)
+        ends, warnings = found["compute"], tuple(map(str, found.get("warnings", ())))
+        return Laws(str(file), per, _positive(ends["least"]), _positive(ends["most"]), laws, loss, warnings)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         told = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
         raise InputError(f"{file} is no fit.json: {told}; `perilune fit` writes them (docs/scaling.md)") from error

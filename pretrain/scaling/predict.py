@@ -11,6 +11,7 @@ from perilune.pretrain.scaling.laws import DEEPSEEK, Laws, Range
 from perilune.pretrain.scaling.sizes import scaled, size_of
 from perilune.pretrain.schedule import total_tokens
 from perilune.pretrain.schema import Config
+from perilune.pretrain.timetable import rows_multiple
 
 _FAR = 1000.0  # times the largest trial: as far as DeepSeek LLM's laws were tried (arXiv 2401.02954, section 3.2)
 
@@ -61,7 +62,7 @@ def predict(laws: Laws, compute: float) -> Prediction:
     size, sizes, by = laws.best_size(compute)
     tokens = compute / (laws.times * size)
     of_tokens = None if sizes is None else (compute / (laws.times * sizes[1]), compute / (laws.times * sizes[0]))
-    warnings = _beyond(laws, compute)
+    warnings = [*laws.warnings, *_beyond(laws, compute)]
     settings = {}
     for name, key, what in (("lr_opt", "lr", "learning rate"), ("batch_opt", "batch", "batch size")):
         law = laws.laws.get(name)
@@ -116,9 +117,7 @@ def run_of(found: Prediction, base: Config, world: int) -> Config:
     model = scaled(base.model, length, found.size.value, found.per)
     times = 6.0 if found.per == "params" else 1.0
     tokens = round(found.compute / (times * size_of(model, length, found.per)))
-    multiple = (
-        rules.mesh_of(base, world).dp * base.train.micro_batch_size * (base.parallel.pp if base.parallel.vpp > 1 else 1)
-    )
+    multiple = rows_multiple(base, rules.mesh_of(base, world).dp)
     rows = max(1, round(found.batch_tokens.value / length / multiple)) * multiple
     if tokens < rows * length:
         raise InputError(

@@ -27,6 +27,7 @@ COLUMNS = (
     "steps", "compute", "work", "params_total", "params_active", "seed", "tokenizer", "data", "train_seconds",
     "seconds", "why",
 )  # fmt: skip
+_WORDS = ("trial", "state", "size", "tokenizer", "data", "why")  # columns that are no numbers
 _TAIL = 1 << 14  # bytes of a file whose last line is wanted
 
 
@@ -180,6 +181,14 @@ class Book:
     def run_dir(self, trial: Planned) -> Path:
         return (self.folder / "runs" / trial.name).resolve()
 
+    def row(self, trial: Planned) -> dict[str, Any]:
+        """Its line, numbers as such and None where not known; of one that has not ended its name and an empty state."""
+        found: dict[str, Any] = {}
+        for key, text in self.rows.get(trial.name, {"trial": trial.name, "state": ""}).items():
+            number = math.nan if key in _WORDS else float(text)
+            found[key] = text if key in _WORDS else number if math.isfinite(number) else None
+        return found
+
     def state(self, trial: Planned) -> str:
         """done, failed, or empty while it has not ended."""
         return self.rows.get(trial.name, {}).get("state", "")
@@ -247,7 +256,8 @@ class Book:
                 differ = sorted({*map(str, old[name])} ^ {*map(str, new[name])})
                 told.append(f"{name}: {', '.join(differ[:4])}")
         for key in ("tokenizer", "data"):
-            if before.get(key) != self._ladder.get(key):
+            # Empty: not seen from where a sweep was begun, or is continued.
+            if before.get(key) and self._ladder.get(key) and before[key] != self._ladder[key]:
                 told.append(f"{key}: {before.get(key)!r} then, {self._ladder.get(key)!r} now")
         if told:
             more = f" and {len(told) - 4} more" if len(told) > 4 else ""

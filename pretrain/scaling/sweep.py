@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from perilune.pretrain.errors import InputError
@@ -43,6 +43,7 @@ class Sweep:
     going: dict[int, tuple[Planned, Going, int]] = field(default_factory=dict)  # slot -> trial, launch, events before
     refused: str = ""  # why a trial could not run at all: others would be refused too
     _lost: dict[str, int] = field(default_factory=dict)
+    _steps: dict[str, int] = field(default_factory=dict)  # that a trial had done when it was launched last
 
     def run(self) -> None:
         """To the end. Raises InputError where a trial was refused: what is wrong is wrong with the ladder."""
@@ -59,9 +60,10 @@ class Sweep:
                 for _, going, _ in self.going.values():
                     going.stop()
             for slot, (trial, going, _) in list(self.going.items()):
-                if going.over() and self._conclude(slot):
-                    waiting.appendleft(trial)
-                elif stopping and not self.refused and not going.ours:
+                if going.over():
+                    if self._conclude(slot):
+                        waiting.appendleft(trial)
+                elif self.asked() and not going.ours:
                     del self.going[slot]  # a cluster's, which goes on without this process
             self.show.look(self)
             time.sleep(_LOOK_S)
@@ -94,6 +96,7 @@ class Sweep:
     def _start(self, trial: Planned, slot: int) -> None:
         run_dir = self.book.run_dir(trial)
         before = results.events_so_far(run_dir)
+        self._steps[trial.name] = results.progress(run_dir).get("step", 0)
         self.going[slot] = (trial, self.place.start(trial, run_dir, slot), before)
         self.show.started(trial, False)
 
@@ -103,6 +106,8 @@ class Sweep:
         found = results.outcome(self.book.run_dir(trial), trial.steps, before, going.code)
         seconds = time.monotonic() - going.began
         again = False
+        if found.state == "preempted" and results.progress(going.run_dir).get("step", 0) == self._steps.get(trial.name):
+            found = replace(found, state="lost", why=f"{found.why}, before it had done a step")
         if found.state == "lost" and not self.asked():
             self._lost[trial.name] = self._lost.get(trial.name, 0) + 1
             again = self._lost[trial.name] <= self.place.retries

@@ -61,11 +61,7 @@ def _conclude(trials: Sequence[Planned], book: Book, as_json: bool, going: Seque
     bad = [name for name, state in states.items() if state == "failed"]
     code = PREEMPTED if stopped and done + len(bad) < len(trials) else FAILED if bad else 0
     if as_json:
-        print(
-            json.dumps(
-                {"trials": [book.rows.get(t.name, {"trial": t.name, "state": ""}) for t in trials], "code": code}
-            )
-        )
+        print(json.dumps({"trials": [book.row(trial) for trial in trials], "code": code}, allow_nan=False))
         return code
     for name in bad:
         print(f"failed: {name}: {book.rows[name]['why']}; its run: {book.folder / 'runs' / name}", file=sys.stderr)

@@ -63,6 +63,8 @@ def test_one_large_item_is_left_to_shared_matmuls() -> None:
     assert threads.worth([40]) == threads.worth([]) == 1
     with FlopCounterMode(display=False):  # it sees its own thread alone
         assert threads.worth([10, 10, 10, 10]) == 1
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):  # so does that
+        assert threads.worth([10, 10, 10, 10]) == 1
 
 
 def test_a_forked_process_has_threads_of_its_own() -> None:

@@ -13,7 +13,8 @@ import torch
 
 from perilune.kernels.newton_schulz import reference
 from perilune.parallel.workers import Workers
-from perilune.pretrain.optim.matrices import cut_of
+from perilune.pretrain.optim import exchange
+from perilune.pretrain.optim.matrices import Box, Name, cut_of
 from perilune.pretrain.parity import fixture, probe
 from perilune.pretrain.schema import Config
 
@@ -97,6 +98,25 @@ def test_rows_of_a_fused_weight_fall_into_their_matrices() -> None:
     assert list(gated.segments(3, 5)) == [(0, 3, 3, 2), (1, 0, 5, 3)]
     plain = cut_of("vision_tower.encoder.layers.0.mlp.linear_fc1.weight", 10, head_dim=4)
     assert list(plain.segments(3, 5)) == [(0, 3, 3, 5)]
+
+
+@pytest.mark.parametrize(
+    ("boxes", "tiled"),
+    [
+        ([(0, 0, 6, 4)], True),
+        ([(0, 0, 2, 4), (2, 0, 4, 1), (2, 1, 1, 3), (3, 1, 3, 3)], True),
+        ([(0, 0, 6, 2), (0, 2, 3, 2), (3, 2, 3, 2)], True),
+        ([(0, 0, 3, 4), (2, 0, 3, 4)], False),  # as many elements, row 2 twice and row 5 never
+        ([(0, 0, 3, 4), (3, 0, 2, 4)], False),
+        ([(0, 0, 6, 4), (0, 0, 6, 4)], False),
+        ([(0, 0, 7, 4)], False),
+        ([(0, 0, 3, 4), (3, 1, 3, 4)], False),
+        ([], False),
+    ],
+)
+def test_whether_boxes_tile_a_matrix(boxes: list[tuple[int, int, int, int]], tiled: bool) -> None:
+    made = [Box(Name("w", 0, 0), row, column, rows, columns) for row, column, rows, columns in boxes]
+    assert exchange._tiled((6, 4), made) == tiled
 
 
 def test_pieces_that_do_not_make_a_matrix_are_refused(workers: Workers) -> None:

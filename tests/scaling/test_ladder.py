@@ -112,6 +112,8 @@ def test_a_blend_counts_each_dataset(here: Path) -> None:
         ("lr: [0.5, 1, 2]", "grid: [d]", "grid=\\['d'\\]: middle, all, or a list of names of sizes"),
         ("preset: tiny", "preset: tinny", "did you mean tiny"),
         ("lr: [0.5, 1, 2]", "lr: [0.5, yes]", "lr: 'yes' is no number above 0"),
+        ("c: {}", "scale: {}", "sizes: scale stands beside a, b, scale"),
+        ("1.2e+10]", "1.2e+10, 1.2049e+10]", "two trials are named 1.2e10_"),
     ],
 )
 def test_what_cannot_be_is_refused(here: Path, old: str, new: str, message: str) -> None:

@@ -65,6 +65,8 @@ def test_intervals_are_those_of_the_draws(tmp_path: Path) -> None:
     assert with_draws.size.interval == pytest.approx([with_draws.size.value] * 2, rel=1e-9)
     assert boxed.size.interval == pytest.approx((0.06 * 1e20**0.5, 0.45 * 1e20**0.55))
     assert not with_draws.warnings
+    told = predict(read_fit(write(tmp_path, PUBLISHED | {"m_opt": box, "warnings": ["alpha cannot be told"]})), 1e20)
+    assert told.warnings == ("alpha cannot be told",)
     low, high = boxed.tokens.interval or (0, 0)
     assert (low, high) == pytest.approx((1e20 / (0.45 * 1e20**0.55), 1e20 / (0.06 * 1e20**0.5)))
 
