@@ -12,7 +12,7 @@ from perilune.pretrain import presets
 from perilune.pretrain.demo import start
 
 _DOCUMENTS = 30_000  # of glyphs; the joint stage ends within what is left of their second reading
-_TEXT_FIRST = 0.1  # of the joint stage, before its first image; then the part of text falls in three steps
+_TEXT_FIRST = 0.05  # of the joint stage, before its first image; then the part of text falls in three steps
 
 
 def main(run_dir: Path) -> int:
