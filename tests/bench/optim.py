@@ -1,6 +1,6 @@
 """What Muon costs beside AdamW in a training step of one process, and Newton-Schulz in the types that a CPU offers.
 
-    .venv/bin/python tests/bench/optim.py [--presets tiny demo] [--rounds 5] [--threads 2]
+    .venv/bin/python tests/bench/optim.py [--presets tiny demo] [--rounds 5] [--threads 2] [--json FILE]
 
 Steps of the two alternate, on the same rows; the update is timed inside of the step; numbers are medians.
 """
@@ -8,11 +8,13 @@ Steps of the two alternate, on the same rows; the update is timed inside of the 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -56,7 +58,8 @@ def step_of(config: Config) -> Callable[[], tuple[float, float]]:
     return lambda: (seconds(lambda: train_step(net, built, [batch], next_token, todo, clip=1.0)), taken[0])
 
 
-def steps(preset: str, rounds: int) -> None:
+def steps(preset: str, rounds: int) -> dict[str, object]:
+    """The entry of a step with Muon beside one with AdamW."""
     base = replace(presets.get(preset), parallel=Parallel())
     both = {}
     for name in ("adamw", "muon"):
@@ -67,11 +70,16 @@ def steps(preset: str, rounds: int) -> None:
             taken = step()
             if number:  # the first is slow
                 found[name].append(taken)
+    medians = {}
     for name, taken in found.items():
         whole, update = (statistics.median(times) for times in zip(*taken, strict=True))
         print(
             f"{preset:<12}{name:<8}step {whole * 1e3:8.1f} ms   update {update * 1e3:7.1f} ms   {update / whole:6.1%}"
         )
+        medians[name] = whole
+    ratio = statistics.median(m[0] / a[0] for m, a in zip(found["muon"], found["adamw"], strict=True))
+    name = f"muon_step_vs_adamw_{preset}"
+    return {"name": name, "ours": medians["muon"], "rival": medians["adamw"], "ratio": ratio, "unit": "s"}
 
 
 def iteration(matrices: int, rows: int, columns: int) -> None:
@@ -92,15 +100,17 @@ def main() -> None:
     parser.add_argument("--presets", nargs="+", default=["tiny", "demo"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path, help="write the ratios of steps there")
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     os.environ.update(RANK="0", WORLD_SIZE="1")
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     meshes.start(rules.mesh_of(replace(presets.get("tiny"), parallel=Parallel()), 1))
-    for preset in asked.presets:
-        steps(preset, asked.rounds)
+    entries = [steps(preset, asked.rounds) for preset in asked.presets]
     for sizes in ((8, 128, 192), (4, 512, 512)):
         iteration(*sizes)
+    if asked.json:
+        asked.json.write_text(json.dumps(entries, indent=2))
 
 
 if __name__ == "__main__":
