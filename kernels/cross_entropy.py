@@ -23,15 +23,21 @@ CHUNK_GPU = 1 << 27  # the same on a GPU (512 MB): every chunk reads all of the 
 
 
 def linear_cross_entropy(
-    hidden_TH: torch.Tensor, weight_VH: torch.Tensor, labels_T: torch.Tensor, group: dist.ProcessGroup | None = None
+    hidden_TH: torch.Tensor,
+    weight_VH: torch.Tensor,
+    labels_T: torch.Tensor,
+    group: dist.ProcessGroup | None = None,
+    keep: bool = True,
 ) -> torch.Tensor:
     """-log softmax(hidden weight^T)[label] of every token, [T] in fp32.
 
     With `group`, rank r holds words [r V, (r+1) V) of the vocabulary; the gradient of `hidden_TH` is then this rank's
     part, to be summed over the group. Labels are of the whole vocabulary. Where the weight has Megatron-core's
-    `main_grad`, backward adds its gradient there (see `kernels/experts_loop.py`).
+    `main_grad`, backward adds its gradient there (see `kernels/experts_loop.py`). Without `keep` nothing of [T, V] is
+    held in fp32 or fp64 however small it is, and backward may be called twice.
     """
-    out: torch.Tensor = _LinearCrossEntropy.apply(hidden_TH, weight_VH, labels_T, group, torch.is_grad_enabled())
+    backward = torch.is_grad_enabled()
+    out: torch.Tensor = _LinearCrossEntropy.apply(hidden_TH, weight_VH, labels_T, group, backward, keep)
     return out
 
 
@@ -44,6 +50,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         labels_T: torch.Tensor,
         group: dist.ProcessGroup | None,
         backward: bool,
+        keep: bool,
     ) -> torch.Tensor:
         T, V = hidden_TH.shape[0], weight_VH.shape[0]
         first = V * group.rank() if group is not None else 0
@@ -51,7 +58,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         mine_T = (at_T >= 0) & (at_T < V)
         at_T = at_T.clamp(0, V - 1)
         narrow = hidden_TH.dtype in (torch.bfloat16, torch.float16)
-        kept_TV = hidden_TH.new_empty(T, V) if backward and (narrow or T * V <= KEPT) else None
+        kept_TV = hidden_TH.new_empty(T, V) if backward and (narrow or (keep and T * V <= KEPT)) else None
         buffer = _buffer(hidden_TH, V)
         most_T, sum_T, label_T = (buffer.new_empty(T) for _ in range(3))
         for rows in _chunks(hidden_TH, V):
@@ -101,11 +108,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             else:
                 torch.mm(kept_TV.T, hidden_TH, out=dweight)
         if total is None:
-            return dhidden_TH, dweight, None, None, None
+            return dhidden_TH, dweight, None, None, None, None
         if not direct:
             total.add_(dweight)
         weight_VH.grad_added_to_main_grad = True
-        return dhidden_TH, torch.empty_like(weight_VH), None, None, None
+        return dhidden_TH, torch.empty_like(weight_VH), None, None, None, None
 
 
 def _over_group(log_sum_T: torch.Tensor, label_T: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

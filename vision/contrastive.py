@@ -50,7 +50,7 @@ def info_nce(
         if low < 0 or high >= K:
             raise ValueError(f"positives from {low} to {high}: each must be the row of one of the {K} keys")
     queries_QD, keys_KD = wide(queries_QD), wide(keys_KD)
-    losses_Q = linear_cross_entropy(queries_QD, keys_KD, positives_Q) if K else queries_QD.sum(1)
+    losses_Q = linear_cross_entropy(queries_QD, keys_KD, positives_Q, keep=False) if K else queries_QD.sum(1)
     return losses_Q.sum(), _count(Q, queries_QD)
 
 
