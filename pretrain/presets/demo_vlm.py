@@ -67,7 +67,7 @@ def demo_vlm(stage: str = "joint") -> Config:
         train=Train(steps=steps, global_batch_size=_ROWS, micro_batch_size=_ROWS // 2, log_every=50),
         valid=Valid(every=steps, steps=0),
         data=Data(seq_len=_SEQ_LEN, caption_noise=_NOISE),
-        optim=replace(text.optim, name="muon", lr=2e-3),  # as Kimi-VL; AdamW was far slower (docs/vision.md)
+        optim=replace(text.optim, name="muon", lr=2e-3),  # as Kimi-VL; beside AdamW: docs/vision.md
         schedule=Schedule(lr="cosine", warmup_tokens=steps // 10 * tokens, min_lr_ratio=0.1, bias_update_speed=1e-2),
         parallel=Parallel(),
         precision=text.precision,
