@@ -11,7 +11,7 @@ STAGES = ("text", "vit", "align", "joint", "cooldown", "long")
 
 _SEQ_LEN = 256
 _ROWS = 8
-_STEPS = {"text": 100, "vit": 900, "align": 60, "joint": 900, "cooldown": 20, "long": 20}
+_STEPS = {"text": 100, "vit": 600, "align": 60, "joint": 500, "cooldown": 20, "long": 20}
 
 _NOISE = 0.5  # without it the decoder learns from the letter that it has read which marks training shows with it
 _TOWER = Vision(
