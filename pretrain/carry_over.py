@@ -4,9 +4,11 @@ Weights go part by part (`rules.PARTS`): a part is taken whole, from the last of
 tensors in this model's shape, or it is drawn anew. So the vision stage's small decoder never gets into the place of the
 language model, and a tower finds its way into any decoder. What else a run holds (its text encoder, MTP layers) is
 left. Moments and masters go with their part, again from the last run that has them: those of a language model that the
-alignment froze come from the text run, and a master that does not round to the weight gives way to it. Adam counts one
-step for all: where some moments go on and others begin at zero, the count goes on, so that the n-th update of the new
-ones is (1 - beta1^n) / sqrt(1 - beta2^n) of what it would be: 0.45 at first with 0.9 and 0.95, at most 1.1 later.
+alignment froze come from the text run, and a master that does not round to the weight gives way to it. An average of
+the weights (`optim.ema_decay`) goes with the moments where these are of the run whose weights are taken, or where that
+run had the part frozen; else it begins as the weights. Adam counts one step for all: where some moments go on and
+others begin at zero, the count goes on, so that the n-th update of the new ones is (1 - beta1^n) / sqrt(1 - beta2^n) of
+what it would be: 0.45 at first with 0.9 and 0.95, at most 1.1 later.
 
 Rows of data that were read already are not read again before the others: a dataset goes on from where the furthest of
 those runs was in it. The schedules, steps and tokens are the run's own, and begin at zero.
@@ -37,6 +39,7 @@ from perilune.pretrain.checkpoint_metadata import Shape, stored_shapes
 from perilune.pretrain.data.stream import DataState, Stream
 from perilune.pretrain.model import Model
 from perilune.pretrain.rules import PARTS, part_of
+from perilune.pretrain.schema import Config
 from perilune.pretrain.start import checkpoint_at
 
 _Shapes = dict[str, tuple[int, ...]]
@@ -48,6 +51,7 @@ class _Source:
     manifest: dict[str, Any]
     metadata: Any
     shapes: _Shapes  # of all that it holds
+    config: Config
 
     def fits(self, asked: _Shapes) -> bool:
         """Whether it holds each of these tensors in this shape."""
@@ -89,21 +93,28 @@ def take_over(paths: Sequence[Path], model: Model, optimizer: Any, stream: Strea
     for source in sources:
         _fill_weights(source, model, {part for part, found in weights.items() if found is source})
     state = moments.sharded_state(optimizer, checkpoint.model_state(model), loading=True)
-    kept = {  # of the parts that train, a frozen one has no moments
+    of_state = _by_part(_asked({"optimizer": state}))  # of the parts that train, a frozen one has no moments
+    kept = {
         part: _last(sources, {key: shape for key, shape in keys.items() if moments.is_moment(key)})
         if weights[part] is not None
         else None
-        for part, keys in _by_part(_asked({"optimizer": state})).items()
+        for part, keys in of_state.items()
     }
-    adam_step = _fill_moments(state, kept, model, optimizer)
+    averaged = {
+        part: _averaged(part, weights[part], kept[part], averages)
+        for part, keys in of_state.items()
+        if (averages := {key: shape for key, shape in keys.items() if moments.is_average(key)})
+    }
+    adam_step = _fill_moments(state, kept, averaged, model, optimizer)
     data = stream.begin_after([DataState.from_dict(s.manifest["run_state"]["data"]) for s in sources if _ran(s)])
     history = _history(sources)
-    return Taken(data, history, [*_told(sources, weights, kept, adam_step), *_told_of_data(data)])
+    return Taken(data, history, [*_told(sources, weights, kept, averaged, adam_step), *_told_of_data(data)])
 
 
 def _open(path: Path) -> _Source:
     manifest, metadata = checkpoint.opened(path)
-    return _Source(path, manifest, metadata, {key: shape for key, (shape, _) in stored_shapes(metadata).items()})
+    shapes = {key: shape for key, (shape, _) in stored_shapes(metadata).items()}
+    return _Source(path, manifest, metadata, shapes, configs.load(path / files.CONFIG))
 
 
 def _ran(source: _Source) -> bool:
@@ -131,6 +142,13 @@ def _last(sources: Sequence[_Source], asked: _Shapes) -> _Source | None:
     return next((source for source in reversed(sources) if source.fits(asked)), None)
 
 
+def _averaged(part: str, weights: _Source | None, kept: _Source | None, asked: _Shapes) -> _Source | None:
+    """The run whose average of a part goes on, from those of its weights and its moments; `asked` are the averages."""
+    if weights is None or kept is None or not kept.fits(asked):
+        return None
+    return kept if weights is kept or part in weights.config.train.freeze else None
+
+
 def _fill_weights(source: _Source, model: Model, parts: set[str]) -> None:
     state = {
         chunk: {name: entry for name, entry in entries.items() if part_of(entry.key) in parts}
@@ -141,11 +159,20 @@ def _fill_weights(source: _Source, model: Model, parts: set[str]) -> None:
         chunk.load_state_dict(loaded.get(f"model{index}", {}), strict=False)
 
 
-def _fill_moments(state: dict[int, Any], kept: dict[str, _Source | None], model: Model, optimizer: Any) -> int:
-    """Moments and masters of the parts in `kept` from their source, the others new; returns Adam's count of steps."""
+def _fill_moments(
+    state: dict[int, Any],
+    kept: dict[str, _Source | None],
+    averaged: dict[str, _Source | None],
+    model: Model,
+    optimizer: Any,
+) -> int:
+    """Moments and masters of the parts in `kept`, averages of those in `averaged`, from their source, the others new.
+
+    Returns Adam's count of steps.
+    """
 
     def source_of(key: str) -> _Source | None:
-        source = kept.get(part_of(moments.weight_of(key)))
+        source = (averaged if moments.is_average(key) else kept).get(part_of(moments.weight_of(key)))
         return source if source is not None and key in source.shapes else None
 
     moments.begin_where(state, checkpoint.model_state(model), lambda key: source_of(key) is None)
@@ -180,7 +207,7 @@ def _history(sources: Sequence[_Source]) -> list[dict[str, Any]]:
     """The runs before, each once, the earliest first."""
     found: list[dict[str, Any]] = []
     for source in sources:
-        run_state, config = source.manifest["run_state"], configs.load(source.path / files.CONFIG)
+        run_state, config = source.manifest["run_state"], source.config
         mine = {
             "checkpoint": str(source.path),
             "preset": config.preset,
@@ -196,6 +223,7 @@ def _told(
     sources: Sequence[_Source],
     weights: dict[str, _Source | None],
     kept: dict[str, _Source | None],
+    averaged: dict[str, _Source | None],
     adam_step: int,
 ) -> list[str]:
     lines = []
@@ -204,11 +232,15 @@ def _told(
         with_moments = [part for part, found in kept.items() if found is source]
         said = [f"weights of {', '.join(with_weights)}"] if with_weights else []
         said += [f"moments of {', '.join(with_moments)}"] if with_moments else []
+        with_average = [part for part, found in averaged.items() if found is source]
+        said += [f"averages of {', '.join(with_average)}"] if with_average else []
         lines.append(f"after {source.path}: " + ("; ".join(said) or "nothing that a later one does not hold"))
     drawn = [part for part, found in weights.items() if found is None]
     zero = [part for part, found in kept.items() if found is None]
     lines += [f"  drawn anew: {', '.join(drawn)}"] if drawn else []
     lines += [f"  moments from zero: {', '.join(zero)}"] if zero else []
+    begun = [part for part, found in averaged.items() if found is None]
+    lines += [f"  averages begin as the weights: {', '.join(begun)}"] if begun else []
     lines.append(f"  from the beginning: steps, tokens, schedules, quarantine; Adam counts on from {adam_step}")
     return lines
 

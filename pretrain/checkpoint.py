@@ -1,4 +1,4 @@
-"""A run's state, saved and loaded bitwise: weights, masters, moments, step counters, and the run's own counters.
+"""A run's state, saved and loaded bitwise: weights, masters, moments, averages, step counters, the run's own counters.
 
 Tensors go through Megatron-core's dist_checkpointing in its fully reshardable form, so that any layout, with or without
 sharded optimizer state (`parallel.zero1`), loads what any other saved. Everything else is JSON in the manifest: the
@@ -82,7 +82,7 @@ def _layout(model: Model) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A checkpoint before it is written. Its weights, masters and moments are the training's own memory."""
+    """A checkpoint before it is written. Its weights, masters, moments and averages are the training's own memory."""
 
     step: int
     run_state: dict[str, Any]
@@ -193,8 +193,10 @@ def _is_sharded(entry: Any) -> bool:
 def load(path: Path, model: Model, optimizer: Any | None) -> dict[str, Any]:
     """Fill model and optimizer from the checkpoint `path`, bitwise; returns its run state. Collective.
 
-    `optimizer` None loads the weights alone. Raises CheckpointError on every rank for a checkpoint that is damaged,
-    hostile, or of another model; hashes, names and shapes are checked before the first weight changes.
+    `optimizer` None loads the weights alone. An average of the weights that the checkpoint lacks begins as its weights,
+    one that `optimizer` does not keep is left, and the log says so. Raises CheckpointError on every rank for a
+    checkpoint that is damaged, hostile, or of another model; hashes, names and shapes are checked before the first
+    weight changes.
     """
     manifest, metadata = opened(path)
     if optimizer is not None and manifest["optimizer_step"] is None:
@@ -237,7 +239,9 @@ def _fill(path: Path, metadata: Any, model: Model, optimizer: Any | None, exact:
     """Load the model's weights, and read what `optimizer` asks for: it is returned, in Megatron-core's form."""
     state: dict[str, Any] = dict(model_state(model))
     if optimizer is not None:
-        state["optimizer"] = moments.sharded_state(optimizer, state, loading=True)
+        held = any(map(moments.is_average, stored_shapes(metadata)))
+        state["optimizer"] = moments.sharded_state(optimizer, state, loading=True, with_average=held)
+        _tell_of_average(path, held, moments.keeps_average(optimizer))
     # As in Megatron-core's dist_checkpointing.load, but what is no tensor comes from the present optimizer, not a file.
     state, local, factories = load_preprocess(state)
     tensors, plain = extract_sharded_base(state)
@@ -253,16 +257,20 @@ def _fill(path: Path, metadata: Any, model: Model, optimizer: Any | None, exact:
     return state
 
 
+def _tell_of_average(path: Path, held: bool, kept: bool) -> None:
+    if held != kept and dist.get_rank() == 0:
+        what = "no average of the weights: it begins as they are" if kept else "an average of the weights: it is left"
+        log.warning("%s has %s (optim.ema_decay is %s)", path, what, "above 0" if kept else "0")
+
+
 def _compare(path: Path, tensors: dict[str, Any], metadata: Any, with_optimizer: bool, exact: bool) -> None:
     """Raises CheckpointError on every rank unless all ranks together ask for the checkpoint's tensors, no less."""
     asked: dict[str, Shape] = {}
     for part in Ranks().gathered(shards.shapes(tensors)):
         asked.update(part)
-    held = {
-        key: shape
-        for key, shape in stored_shapes(metadata).items()
-        if with_optimizer or not key.startswith("optimizer.")
-    }
+    averaged = any(map(moments.is_average, asked))
+    left = ("optimizer.",) if not with_optimizer else () if averaged else (moments.AVERAGE,)
+    held = {key: shape for key, shape in stored_shapes(metadata).items() if not key.startswith(left)}
     complaints = []
     for what, keys in (("lacks", asked.keys() - held.keys()), ("has, unlike this model,", held.keys() - asked.keys())):
         if keys:

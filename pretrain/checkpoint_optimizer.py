@@ -1,8 +1,8 @@
-"""An optimizer's moments and masters as sharded tensors, in the shape and under the name of their weight, and back.
+"""An optimizer's moments, masters and averages as sharded tensors, in the shape and name of their weight, and back.
 
 What is saved is never gathered: the distributed optimizer's ranks each hold ranges of flattened weights, and a range is
 a few boxes of its weight. What is loaded is any boxes, into the whole of each weight of which a rank holds a range. A
-weight has the state that its optimizer gives it: AdamW two moments, Muon one momentum.
+weight has the state that its optimizer gives it: AdamW two moments, Muon one momentum, either an average if asked for.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 
 from perilune.pretrain.agreement import Ranks
+from perilune.pretrain.optim.average import EMA, average_of
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]  # offsets and sizes
 
 _MASTER = "optimizer.state.param."  # as the distributed optimizer names it...
 _PLAIN_MASTER = "optimizer.state.fp32_param."  # ...and as the plain mixed-precision one does
+AVERAGE = f"optimizer.state.{EMA}."
 _STATE = re.compile(r"^optimizer\.state\.[^.]+\.")  # stands before a weight's key
 
 
@@ -49,6 +51,11 @@ def _counts_by_parameter(one: Any) -> bool:
     return isinstance(one.optimizer, torch.optim.Adam)  # AdamW is one too
 
 
+def keeps_average(optimizer: Any) -> bool:
+    """Whether an average of this rank's parameters is kept."""
+    return any(average_of(one) is not None for one in optimizers(optimizer))
+
+
 def adam_step(optimizer: Any, ranks: Ranks) -> int:
     """The step count that all parameters of all ranks share. Raises ValueError if they do not."""
     counts: set[int] = set()
@@ -64,13 +71,21 @@ def adam_step(optimizer: Any, ranks: Ranks) -> int:
     return found[0]
 
 
-def sharded_state(optimizer: Any, model_state: dict[str, Any], *, loading: bool) -> dict[int, Any]:
-    """Optimizer in the chain -> its sharded moments and masters, in the shape and under the name of the weight.
+def sharded_state(
+    optimizer: Any, model_state: dict[str, Any], *, loading: bool, with_average: bool = True
+) -> dict[int, Any]:
+    """Optimizer in the chain -> its sharded moments, masters and averages, in the shape and name of the weight.
 
     To save they are the optimizer's own memory. Masters have one name here, and there are none for fp32 weights: the
-    master of such a weight is the weight.
+    master of such a weight is the weight. An average that is to be kept and is not to be loaded (`with_average`) begins
+    at the next update.
     """
     _begin(optimizer)
+    for average in filter(None, map(average_of, optimizers(optimizer))):
+        if with_average:
+            average.begin()
+        else:
+            average.forget()
     state: dict[int, Any] = {}
     for index, one in enumerate(optimizers(optimizer)):
         if _is_distributed(one):
@@ -79,8 +94,25 @@ def sharded_state(optimizer: Any, model_state: dict[str, Any], *, loading: bool)
             part = one.sharded_state_dict(model_state, is_loading=loading, metadata={"non_homogeneous_layers": True})
             for master in nested_values(part.get("fp32_from_fp16_params", [])):
                 master.key = master.key.replace(_PLAIN_MASTER, _MASTER, 1)
-            state[index] = part
+            state[index] = part | _whole_averages(one, model_state)
     return state
+
+
+def _whole_averages(one: Any, model_state: dict[str, Any]) -> dict[str, Any]:
+    """What a plain optimizer's state does not have: the averages, by the order of `ranges`."""
+    entries = {entry.data: entry for entry in nested_values(model_state)}
+    found = {
+        number: make_sharded_optimizer_tensor(entries[weight], flat, prefix=AVERAGE.removesuffix("."))
+        for number, (weight, parameter, *_) in enumerate(ranges(one))
+        for flat in _average(one, parameter).values()
+    }
+    return {EMA: found} if found else {}
+
+
+def _average(one: Any, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The average of a parameter under its name, if it has begun."""
+    average = average_of(one)
+    return {EMA: average.of[parameter]} if average is not None and average.of else {}
 
 
 def _states(one: Any) -> Iterator[tuple[torch.nn.Parameter, slice, dict[str, torch.Tensor]]]:
@@ -88,6 +120,7 @@ def _states(one: Any) -> Iterator[tuple[torch.nn.Parameter, slice, dict[str, tor
     for weight, parameter, start, end in ranges(one):
         own = {} if weight.dtype is torch.float32 else {"param": parameter}
         own |= {name: t for name, t in one.optimizer.state[parameter].items() if name != "step" and torch.is_tensor(t)}
+        own |= _average(one, parameter)
         yield weight, slice(start, end), {name: flat.detach().view(-1) for name, flat in own.items()}
 
 
@@ -110,7 +143,7 @@ def _to_load(one: Any, model_state: dict[str, Any]) -> dict[int, dict[str, Any]]
 
 
 def _to_save(one: Any, model_state: dict[str, Any]) -> list[ShardedTensor]:
-    """The boxes of all weights of which the distributed optimizer holds moments and masters on this rank."""
+    """The boxes of all weights of which the distributed optimizer holds moments, masters and averages on this rank."""
     entries = {entry.data: entry for entry in nested_values(model_state)}
     found: list[ShardedTensor] = []
     for weight, held, own in _states(one):
@@ -221,8 +254,13 @@ def _stored(
 
 
 def is_moment(key: str) -> bool:
-    """Whether `key`, of an optimizer's state, is no master's."""
-    return not key.startswith(_MASTER)
+    """Whether `key`, of an optimizer's state, is no master's and no average's."""
+    return not key.startswith((_MASTER, AVERAGE))
+
+
+def is_average(key: str) -> bool:
+    """Whether `key`, of whatever is in a checkpoint, is that of a weight's average."""
+    return key.startswith(AVERAGE)
 
 
 def weight_of(key: str) -> str:
@@ -233,7 +271,7 @@ def weight_of(key: str) -> str:
 def begin_where(state: dict[int, Any], model_state: dict[str, Any], new: Callable[[str], bool]) -> None:
     """Fill, of what `sharded_state` asks for, the entries whose key is `new` with what a new optimizer holds.
 
-    That is zero moments, and the weight, as it is now, for its master.
+    That is zero moments, and the weight, as it is now, for its master and its average.
     """
     weights = {entry.key: entry.data for entry in nested_values(model_state)}
     for entry in nested_values(state):
@@ -261,7 +299,7 @@ def _is_distributed(one: Any) -> bool:
 
 
 def load_state(optimizer: Any, state: dict[int, Any], step: int) -> None:
-    """Put loaded moments and masters into the optimizers of the chain, all at Adam step `step`.
+    """Put loaded moments, masters and averages into the optimizers of the chain, all at Adam step `step`.
 
     Megatron-core 0.19.2's plain optimizers want the "step" of torch's AdamW as "common_step".
     """
@@ -274,6 +312,10 @@ def load_state(optimizer: Any, state: dict[int, Any], step: int) -> None:
                 for name, flat in own.items():
                     flat.copy_(part[number][name].view(-1)[held])
         else:
+            average = part.pop(EMA, {})
+            for number, (_, parameter, *_) in enumerate(ranges(one)):
+                for flat in _average(one, parameter).values():
+                    flat.copy_(average[number])
             if _counts_by_parameter(one):
                 part.get("optimizer", part)["state"]["common_step"] = torch.tensor(float(step))
             one.load_state_dict(part)

@@ -234,10 +234,18 @@ def report(run_dir: Path, compare: tuple[Path, ...], out: Path | None) -> None:
 @click.option(
     "--max-shard-size", default="5GB", show_default=True, metavar="SIZE", help="Of a file: 500MB, 5GB, 4GiB..."
 )
+@click.option("--ema", is_flag=True, help="The average of the weights (optim.ema_decay) in their place.")
 @click.option("--verify", is_flag=True, help="Load it with transformers and compare logits, before it has its name.")
 @click.pass_context
 def export(
-    ctx: click.Context, source: Path, out: Path, dtype: str | None, names: str | None, max_shard_size: str, verify: bool
+    ctx: click.Context,
+    source: Path,
+    out: Path,
+    dtype: str | None,
+    names: str | None,
+    max_shard_size: str,
+    ema: bool,
+    verify: bool,
 ) -> None:
     """Write the newest checkpoint of a run, or a given one, in Hugging Face's layout, with the run's tokenizer.
 
@@ -248,12 +256,13 @@ def export(
     \b
     Examples:
       perilune export runs/first --out first-hf --verify
+      perilune export runs/first --out first-average-hf --ema
       perilune export runs/images --out images-hf --format kimi_k25 --verify
       perilune export runs/first/checkpoints/step_00001000 --out hf --dtype bf16 --max-shard-size 10GB
     """
     from perilune.pretrain.hf.commands import export_command
 
-    ctx.exit(export_command(source, out, dtype, names, max_shard_size, verify))
+    ctx.exit(export_command(source, out, dtype, names, max_shard_size, verify, ema))
 
 
 @main.command("import", short_help="A Hugging Face folder as a checkpoint to start from.")
@@ -287,6 +296,7 @@ def import_(ctx: click.Context, folder: Path, overrides: tuple[str, ...], out: P
 @click.option("--captions", type=click.IntRange(min=0), default=1000, show_default=True, metavar="N",
               help="Images to be described, where the model sees; 0: none.")  # fmt: skip
 @click.option("--classes", type=FILE_THERE, metavar="FILE.jsonl", help="For zero-shot classification of images.")
+@click.option("--ema", is_flag=True, help="The average of a run's weights (optim.ema_decay) in their place.")
 @click.option("--tokenizer", type=FOLDER_THERE, help="Tokenizer's folder.  [default: the one that the model names]")
 @click.option(
     "--out", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="[default: a new one in RUN/eval]"
@@ -301,6 +311,7 @@ def eval_(
     max_rows: int,
     captions: int,
     classes: Path | None,
+    ema: bool,
     tokenizer: Path | None,
     out: Path | None,
     as_json: bool,
@@ -341,6 +352,7 @@ def eval_(
             max_rows=max_rows,
             captions=captions,
             classes=classes,
+            ema=ema,
             out=out,
             as_json=as_json,
         )

@@ -38,6 +38,7 @@ ALLOWED_ON_RESUME = (
     "train.async_save",
     "train.threads",
     "valid.*",
+    "optim.ema_decay",
     "parallel.*",
     "data.on_damage",
     "data.quarantine_limit",

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from perilune.pretrain.optim.average import average_of
+
 _WARM, _TRACED = 2, 2  # steps before the trace, and in it
 
 
@@ -82,6 +84,8 @@ def held(chunks: Sequence[torch.nn.Module], optimizer: Any) -> dict[str, int]:
             continue
         for values in part.optimizer.state.values():
             state += sum(t.numel() * t.element_size() for t in values.values() if isinstance(t, torch.Tensor))
+        if (average := average_of(part)) is not None:
+            state += sum(t.numel() * t.element_size() for t in average.of.values())
         state += sum(t.numel() * t.element_size() for group in part.param_groups for t in group["params"])
     parts = {"weights": weights, "gradients": gradients, "optimizer state": state}
     if torch.cuda.is_available():

@@ -155,6 +155,11 @@ def _batch(config: Config) -> list[str]:
         for key, (value, low, high) in ranges.items()
         if not low <= value <= high
     ]
+    if not 0 <= o.ema_decay < 1:
+        problems.append(
+            f"optim.ema_decay={o.ema_decay} must be at least 0 (no average of the weights is kept) and less than 1 (it "
+            "would never move): it averages over about 1 / (1 - optim.ema_decay) updates"
+        )
     if len(s.milestones) != len(s.factors):
         problems.append(
             f"schedule.milestones={list(s.milestones)} must be as long as schedule.factors={list(s.factors)}"

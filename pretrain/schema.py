@@ -147,6 +147,7 @@ class Optim:
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip: float = 1.0  # global gradient norm; 0: no clipping
+    ema_decay: float = 0.0  # d of the average of the weights, E <- d E + (1 - d) W (optim/average.py); 0: none is kept
 
 
 @dataclass(frozen=True)

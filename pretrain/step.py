@@ -29,7 +29,7 @@ from perilune.pretrain.data.batch import PackedBatch
 from perilune.pretrain.data.pairs import pairs_of
 from perilune.pretrain.model import Model
 from perilune.pretrain.objective import Objective, captions_and_pairs
-from perilune.pretrain.optim.optimizer import update_rms
+from perilune.pretrain.optim.optimizer import update, update_rms
 from perilune.pretrain.timetable import StepPlan
 
 
@@ -41,7 +41,7 @@ class StepResult:
     mtp_loss: float | None  # mean over D of each depth's own mean; None without MTP
     aux_loss: float | None  # sum_i f_i P_i, mean over rows and expert layers (1 in perfect balance), without alpha
     grad_norm: float  # before clipping
-    skipped: bool  # a loss or gradient was not finite: no weight, bias or moment changed
+    skipped: bool  # a loss or gradient was not finite: no weight, bias, moment or average changed
     load_LE: torch.Tensor | None  # routed tokens of each expert of each expert layer, global
     memory: int  # bytes: the largest rank's peak (allocated on GPU, resident on CPU)
     stop: bool  # some rank was asked to stop
@@ -270,7 +270,7 @@ def _update(optimizer: Any, norm: float, clip: float) -> None:
         for part in getattr(optimizer, "chained_optimizers", [optimizer]):
             if parameters := part.get_parameters():
                 clip_grad_by_total_norm_fp32(parameters, max_norm=clip, total_norm=norm)
-    optimizer.step_with_ready_grads()
+    update(optimizer)
 
 
 @torch.no_grad()

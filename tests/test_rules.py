@@ -16,6 +16,8 @@ from perilune.pretrain.errors import InputError
         (["precision.fp8=emulated"], ["precision.fp8=emulated", "precision.fp8=off"]),
         (["precision.fp8=blockwise"], ["precision.fp8=blockwise", "precision.compute=bf16"]),
         (["optim.name=muon", "optim.momentum=1.5"], ["optim.momentum=1.5", "between 0 and 1"]),
+        (["optim.ema_decay=1"], ["optim.ema_decay=1.0", "less than 1"]),
+        (["optim.ema_decay=-0.5"], ["optim.ema_decay=-0.5", "at least 0"]),
         (["parallel.cp=4", "data.seq_len=60"], ["2 x 4", "data.seq_len=60", "56 and 64"]),
         (["parallel.dispatcher=flex"], ["flex", "alltoall"]),
         (

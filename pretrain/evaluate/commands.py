@@ -35,11 +35,13 @@ def eval_command(
     max_rows: int = 0,
     captions: int = 0,
     classes: Path | None = None,
+    ema: bool = False,
     out: Path | None = None,
     as_json: bool = False,
 ) -> int:
     """Evaluate `source` on `data` (None: its run's validation set) and on `tasks`; returns the exit code.
 
+    With `ema` it is the average of the weights that is evaluated, and the results say so.
     A model with a tower also describes `captions` of the images in `data`; one that was trained to compare images with
     texts also finds each by the other, and tells images apart by `classes` (None: the dataset's captions). Writes `out`
     (None: a new file in RUN/eval where `source` belongs to a run, and the run's TensorBoard), and beside it the answers
@@ -59,7 +61,7 @@ def eval_command(
     if out is not None and out.exists():
         raise InputError(f"--out {out} is there already and is never written over")
     with alone():
-        loaded = open_model(source, tokenizer)
+        loaded = open_model(source, tokenizer, average=ema)
         data = data or _own_data(loaded)
         if data is None and not questions:
             raise InputError(f"{source} names no validation set: name a packed dataset by --data, or a file by --tasks")
@@ -68,6 +70,7 @@ def eval_command(
             make_folder(out.parent)
         answers: list[Answer] = []
         result: dict[str, Any] = {"model": str(loaded.path), "step": loaded.step, "time": _now().isoformat()}
+        result |= {"ema": True} if ema else {}
         if data is not None:
             sees = loaded.vision is not None and image_rule(read_manifest(data)) is not None
             if named and not (sees and pairs.comparing(loaded)):
@@ -262,7 +265,8 @@ def _new_file(loaded: Loaded) -> Path:
 def _told(result: dict[str, Any]) -> str:
     """The results as tables."""
     step = "" if result["step"] is None else f", step {result['step']:,}"
-    parts = [f"{result['model']}{step}"]
+    average = ", the average of its weights" if result.get("ema") else ""
+    parts = [f"{result['model']}{step}{average}"]
     if "validation" in result:
         whole = result["validation"]
         rows = [["source", "loss", "bits per byte", "tokens", "bytes"]]

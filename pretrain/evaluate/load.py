@@ -94,24 +94,26 @@ def alone() -> Iterator[None]:
         meshes.stop()
 
 
-def open_model(path: Path, tokenizer: Path | None = None) -> Loaded:
+def open_model(path: Path, tokenizer: Path | None = None, *, average: bool = False) -> Loaded:
     """The model at `path`: a run, a checkpoint or a Hugging Face folder, in the type of its weights (fp32 or bf16).
 
-    `tokenizer` takes the place of the one that the run's data or the folder names. To be called within `alone`, or in
-    a process whose groups are those of one. Raises InputError for a path, a config, a tensor or a tokenizer that does
-    not fit.
+    `tokenizer` takes the place of the one that the run's data or the folder names, with `average` that of the weights
+    (`optim.ema_decay`) theirs. To be called within `alone`, or in a process whose groups are those of one. Raises
+    InputError for a path, a config, a tensor or a tokenizer that does not fit, and where there is no average.
     """
     if (path / "config.json").is_file():
+        if average:
+            raise InputError(f"--ema: {path} is a Hugging Face folder, which holds one set of weights; name the run")
         return _from_hf(path, tokenizer)
     if checkpoint_of(path) is None:
         raise InputError(neither(path, "a Hugging Face folder (config.json)"))
-    checkpoint = Checkpoint(path)
+    checkpoint = Checkpoint(path, average=average)
     model, vision = replace(checkpoint.config.model, num_nextn_predict_layers=0), checkpoint.config.vision
     net = _build(model, vision, checkpoint.dtype(), checkpoint.config.contrastive)
 
     def read(target: torch.Tensor, key: str) -> None:
-        known = key in checkpoint.tensors
-        target.copy_(checkpoint.read(key) if known else checkpoint.read_besides(key, target.shape))
+        known, name = key in checkpoint.tensors, checkpoint.average_of(key) if average else key
+        target.copy_(checkpoint.read(name) if known else checkpoint.read_besides(name, target.shape))
 
     _fill(net, checkpoint.tensors, read)
     own = card.tokenizer_of(checkpoint) if tokenizer is None else card.TokenizerFiles()

@@ -40,19 +40,19 @@ def answers_of(out: Path) -> Path:
 def board(run_dir: Path, result: dict[str, Any], answers: Sequence[Answer] = ()) -> None:
     """The figures, and pictures of right and wrong answers with their texts, to TensorBoard at the checkpoint's step.
 
-    In a folder of their own below RUN/tensorboard: of a folder with several files TensorBoard reads the newest alone,
-    and a run may go on.
+    Those of the average of its weights have names of their own. In a folder of their own below RUN/tensorboard: of a
+    folder with several files TensorBoard reads the newest alone, and a run may go on.
     """
     from torch.utils.tensorboard import SummaryWriter
 
-    step = result["step"]
+    step, group = result["step"], "eval_ema" if result.get("ema") else "eval"
     writer = SummaryWriter(str(run_dir / "tensorboard" / "eval"))
     try:
         for name, value in _scalars(result):
-            writer.add_scalar(f"eval/{name}", value, step)
+            writer.add_scalar(f"{group}/{name}", value, step)
         for kind in (True, False):
             shown = [answer for answer in answers if answer.right is kind and answer.png is not None]
-            name, lines = f"eval/{'right' if kind else 'wrong'}", []
+            name, lines = f"{group}/{'right' if kind else 'wrong'}", []
             for number, answer in enumerate(shown):
                 assert answer.png is not None
                 with Image.open(io.BytesIO(answer.png)) as image:

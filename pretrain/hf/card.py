@@ -141,7 +141,10 @@ def write(folder: Path, checkpoint: Checkpoint, target: torch.dtype, verdict: st
         facts["Batch"] = f"{t.global_batch_size:,} rows of {config.data.seq_len:,} tokens"
         facts["Optimizer"] = f"{optim.name}, peak learning rate {optim.lr:g}, {config.schedule.lr} schedule"
         facts["Trained in"] = config.precision.compute
-        facts |= _measured(checkpoint)
+        if checkpoint.average:  # what the run measured at its step was the last weights'
+            facts["Weights"] = f"their exponential moving average, decay {optim.ema_decay:g}"
+        else:
+            facts |= _measured(checkpoint)
         for path, digest in ((run_state.get("data") or {}).get("fingerprints") or {}).items():
             facts[f"Data `{Path(path).name}`"] = f"fingerprint `{digest}`"
     facts["Checkpoint written by"] = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
@@ -208,7 +211,8 @@ def _measured(checkpoint: Checkpoint) -> dict[str, str]:
 
 def _type_of_tensors(checkpoint: Checkpoint, target: torch.dtype) -> str:
     """The type, and what became of the weights' own if that is another."""
-    name, own = (str(dtype).removeprefix("torch.") for dtype in (target, checkpoint.dtype()))
+    averages = torch.float32 if checkpoint.average else None
+    name, own = (str(dtype).removeprefix("torch.") for dtype in (target, averages or checkpoint.dtype()))
     if name == own:
         return name
     if target is torch.bfloat16:

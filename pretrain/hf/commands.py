@@ -17,9 +17,12 @@ _FAILED = 1
 
 
 def export_command(
-    source: Path, out: Path, dtype: str | None, names: str | None, max_shard_size: str, verify: bool
+    source: Path, out: Path, dtype: str | None, names: str | None, max_shard_size: str, verify: bool, ema: bool = False
 ) -> int:
-    """Export, verified if asked for; returns the exit code. Raises InputError for what cannot be exported."""
+    """Export, with `ema` the average of the weights, verified if asked for; returns the exit code.
+
+    Raises InputError for what cannot be exported.
+    """
     if not _first():
         return 0
     size = parse_size(max_shard_size)
@@ -28,7 +31,7 @@ def export_command(
 
     try:
         verified_by = checks.verify if verify else None
-        export(source, out, dtype=dtype, names=names, max_shard_bytes=size, verified_by=verified_by)
+        export(source, out, dtype=dtype, names=names, max_shard_bytes=size, average=ema, verified_by=verified_by)
     except checks.VerifyError as error:
         print(f"perilune: error: {error}. Nothing was left at {out}", file=sys.stderr)
         return _FAILED

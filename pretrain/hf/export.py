@@ -31,19 +31,21 @@ def export(
     dtype: str | None = None,
     names: str | None = None,
     max_shard_bytes: int = 5 * 10**9,
+    average: bool = False,
     verified_by: Callable[[Path, Checkpoint, torch.dtype], str] | None = None,
     say: Callable[[str], None] = print,
 ) -> Path:
     """Write the checkpoint (a run's newest) as the Hugging Face folder `out`; returns `out`.
 
     `names` is the format (None: the model's own, `deepseek_v3`, or `kimi_vl` with a tower; else `kimi_k25`). `dtype`
-    is `fp32` or `bf16` (None: that of the weights); fp32 of a bf16 run are its masters. `verified_by` is given the
-    folder before it has its name: if it raises, there is no folder; what it returns goes into the model card.
-    Raises InputError for a checkpoint that is damaged or that transformers would compute otherwise, and for an `out`
-    that is there.
+    is `fp32` or `bf16` (None: that of the weights); fp32 of a bf16 run are its masters. With `average` the average of
+    the weights (`optim.ema_decay`) takes their place. `verified_by` is given the folder before it has its name: if it
+    raises, there is no folder; what it returns goes into the model card.
+    Raises InputError for a checkpoint that is damaged, that has no such average, or that transformers would compute
+    otherwise, and for an `out` that is there.
     """
     refuse_existing(out)  # before every file is hashed
-    checkpoint = Checkpoint(run_or_checkpoint, hashed=False, names=names)
+    checkpoint = Checkpoint(run_or_checkpoint, hashed=False, names=names, average=average)
     target = DTYPES[dtype] if dtype else checkpoint.dtype()
     tokenizer = card.tokenizer_of(checkpoint)
     config = config_to_hf(checkpoint.config.model, dtype=str(target).removeprefix("torch."), **tokenizer.ids)
@@ -51,7 +53,8 @@ def export(
         kept = checkpoint.manifest["run_state"].get("media")  # of imported weights
         media = tokenizer.media or (Media(**kept) if kept else None)
         config = with_vision(config, checkpoint.config.vision, checkpoint.names, media)
-    say(f"{checkpoint.path}: writing {target} to {out}, which gets its name if what is read has its hash")
+    what = "the average of the weights as " if average else ""
+    say(f"{checkpoint.path}: writing {what}{target} to {out}, which gets its name if what is read has its hash")
     if tokenizer.missing:
         say(f"no tokenizer in the export: {tokenizer.missing}")
     if checkpoint.config.contrastive.loss != "none":
@@ -88,6 +91,11 @@ def stream(checkpoint: Checkpoint, target: torch.dtype) -> Iterator[tuple[Block,
 
 
 def names_in(checkpoint: Checkpoint, target: torch.dtype) -> list[str]:
-    """The stored tensor of each of `checkpoint.tensors`: fp32 of bf16 weights are their masters, where it has them."""
+    """The stored tensor of each of `checkpoint.tensors`: fp32 of bf16 weights are their masters, where it has them.
+
+    Averages, where it is opened for them, are fp32 whatever the weights are.
+    """
+    if checkpoint.average:
+        return [checkpoint.average_of(t.name) for t in checkpoint.tensors.values()]
     masters = target is torch.float32 and checkpoint.dtype() is torch.bfloat16 and checkpoint.has_masters()
     return [MASTER + t.name if masters and not t.fp32 else t.name for t in checkpoint.tensors.values()]

@@ -18,10 +18,13 @@ from perilune.pretrain.checkpoint_files import CheckpointError
 from perilune.pretrain.checkpoint_metadata import METADATA, read_metadata, stored_shapes
 from perilune.pretrain.errors import InputError
 from perilune.pretrain.hf.table import FORMATS, Tensor, format_of, tensors
+from perilune.pretrain.optim.average import EMA
+from perilune.pretrain.rules import part_of
 from perilune.pretrain.schema import Config
 
 CONTRASTIVE = "contrastive."  # before the names of what compares images with texts: of no later stage and no format
 MASTER = "optimizer.state.param."  # before the name of a weight: its fp32 master
+AVERAGE = f"optimizer.state.{EMA}."  # before the name of a weight: the average of it (optim.ema_decay)
 _NAMED = 3
 
 
@@ -29,12 +32,15 @@ class Checkpoint:
     """A committed checkpoint whose tensors are those of its run's model, no more and no fewer.
 
     It may lie anywhere: its configuration is in it. Blocks have the names of the format `names` (None: the model's
-    own). Without `hashed`, tensors may be read inside of `hashed_meanwhile` only.
+    own). Without `hashed`, tensors may be read inside of `hashed_meanwhile` only. With `average` its weights are the
+    averages of them (`average_of`), and InputError says so where it has none.
     Raises InputError (CheckpointError) for a path that is neither, a damaged or hostile file, and tensors that are not
     the model's of that configuration.
     """
 
-    def __init__(self, run_or_checkpoint: Path, *, hashed: bool = True, names: str | None = None) -> None:
+    def __init__(
+        self, run_or_checkpoint: Path, *, hashed: bool = True, names: str | None = None, average: bool = False
+    ) -> None:
         found = checkpoint_of(run_or_checkpoint)
         if found is None:
             hint = "; of a Hugging Face folder `perilune import` makes a checkpoint"
@@ -58,6 +64,9 @@ class Checkpoint:
         self._stored = stored_shapes(self._metadata)
         self._held: dict[MetadataIndex, torch.Tensor] = {}
         self._check()
+        self.average = average
+        if average:
+            self._check_average()
         if {self._stored[t.name][1] for t in self.tensors.values() if not (t.fp32 or t.router)} != {"float32"}:
             routers = (t for t in self.tensors.values() if t.router and self._stored[t.name][1] == "float32")
             self.tensors |= {t.name: t.in_fp32() for t in routers}
@@ -91,6 +100,13 @@ class Checkpoint:
             found = self._stored[name][0] if name in self._stored else "not there"
             raise CheckpointError(f"{self.path}: {name} is {found}, by the configuration {list(shape)}")
         return self.read(name)
+
+    def average_of(self, name: str) -> str:
+        """Under what name the average of a tensor of the model is stored.
+
+        Router biases, which are no weights, and what was frozen are their own: they have none and are as they are.
+        """
+        return AVERAGE + name if AVERAGE + name in self._stored else name
 
     def has_masters(self) -> bool:
         """Whether every bf16 weight has its fp32 master in the optimizer's state."""
@@ -157,6 +173,23 @@ class Checkpoint:
             raise CheckpointError(
                 f"{self.path} is not of the model in its {files.CONFIG}: {'; '.join(wrong[:_NAMED])}{more}"
             )
+
+    def _check_average(self) -> None:
+        frozen = self.config.train.freeze
+        lacks = [
+            name
+            for name, tensor in self.tensors.items()
+            if not tensor.fp32 and self.average_of(name) == name and part_of(name) not in frozen
+        ]
+        if lacks:
+            raise InputError(
+                f"--ema: {self.path} holds no average of {len(lacks)} weights, {lacks[0]} among them: its run had "
+                f"optim.ema_decay={self.config.optim.ema_decay:g}; go on with it with optim.ema_decay=0.999, say, and "
+                "take a later checkpoint"
+            )
+        for name, tensor in self.tensors.items():
+            if self._stored[self.average_of(name)][0] != tensor.shape:
+                raise CheckpointError(f"{self.path}: {self.average_of(name)} is not {list(tensor.shape)}")
 
 
 def _mapped(file: Path, start: int, length: int) -> torch.Tensor:

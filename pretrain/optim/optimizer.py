@@ -1,4 +1,4 @@
-"""A run's optimizer: Megatron-core's distributed one, with AdamW or Muon in it.
+"""A run's optimizer: Megatron-core's distributed one, with AdamW or Muon in it, and an average of the weights beside.
 
 fp32 masters and moments are sharded over data-parallel ranks (`parallel.zero1`), or held whole on each.
 """
@@ -18,6 +18,7 @@ from perilune.parallel import precision
 from perilune.pretrain import checkpoint
 from perilune.pretrain import checkpoint_optimizer as moments
 from perilune.pretrain.model import Model
+from perilune.pretrain.optim.average import Average, average_of
 from perilune.pretrain.optim.matrices import Box, Name, cut_of, is_muons
 from perilune.pretrain.optim.muon import Muon, Piece
 from perilune.pretrain.rules import PARTS, part_of
@@ -52,7 +53,19 @@ def build(config: Config, model: Model) -> Any:
         if isinstance(adam := part.optimizer, torch.optim.AdamW):
             for group in adam.param_groups:
                 group["fused"] = True  # one pass over memory in place of ten; Megatron-core has no key for it
+        if o.ema_decay:
+            part.average = Average(part, o.ema_decay)
     return built
+
+
+def update(optimizer: Any) -> None:
+    """Move the weights by the gradients, which are ready, and let their average follow. Collective."""
+    averages = [found for part in moments.optimizers(optimizer) if (found := average_of(part)) is not None]
+    for average in averages:
+        average.begin()
+    optimizer.step_with_ready_grads()
+    for average in averages:
+        average.follow()
 
 
 def update_rms(optimizer: Any) -> float | None:

@@ -104,7 +104,7 @@ class RankBytes:
 
     weights: float
     gradients: float
-    optimizer: float  # masters, and two moments of AdamW's weights, one of Muon's
+    optimizer: float  # masters, two moments of AdamW's weights or one of Muon's, and the average of the weights
 
     @property
     def total(self) -> float:
@@ -120,13 +120,15 @@ def bytes_per_rank(
     vision: Vision = NO_VISION,
     contrastive: Contrastive = NO_CONTRASTIVE,
     optimizer: Literal["adamw", "muon"] = "adamw",
+    average: bool = False,
 ) -> RankBytes:
     """Weights, FP32 gradients and the state of Megatron-core's distributed optimizer (ZeRO-1), in bytes.
 
     An element costs 4 for its weight in fp32 or 2 in bf16, 4 for its gradient, and 8 for AdamW's moments or 4 for
-    Muon's, with 4 for the FP32 master that bf16 needs. With `zero1` the optimizer's part is divided over the
-    data-parallel ranks: for dense weights world / (tp pp), context-parallel ranks included, for experts world /
-    (pp ep etp). Beside Muon, AdamW's part is counted as if it were spread evenly.
+    Muon's, with 4 for the FP32 master that bf16 needs and 4 for the `average` of the weights, where there is one. With
+    `zero1` the optimizer's part is divided over the data-parallel ranks: for dense weights world / (tp pp),
+    context-parallel ranks included, for experts world / (pp ep etp). Beside Muon, AdamW's part is counted as if it were
+    spread evenly.
 
     Raises InputError as `parameters_per_rank`, and where `world_size` does not divide by the degrees.
     """
@@ -140,8 +142,9 @@ def bytes_per_rank(
         )
     weight = {"fp32": 4, "bf16": 2}[compute]
     master = {"fp32": 0, "bf16": 4}[compute]
-    matrix = master + {"adamw": 8, "muon": 4}[optimizer]
-    dense = matrix * (count.dense - count.vectors) + (master + 8) * count.vectors
+    besides = master + (4 if average else 0)
+    matrix = besides + {"adamw": 8, "muon": 4}[optimizer]
+    dense = matrix * (count.dense - count.vectors) + (besides + 8) * count.vectors
     dense_share = world_size // (parallel.tp * parallel.pp) if parallel.zero1 else 1
     expert_share = world_size // expert_product if parallel.zero1 else 1
     return RankBytes(
@@ -159,7 +162,8 @@ def rank_table(config: Config, world_size: int) -> str:
     lines = [f"{'pipeline ranks':<16}{'dense':>18}{'experts':>18}{heads}"]
     for count, group in groupby(range(parallel.pp), key=lambda r: parameters_per_rank(model, parallel, r, *seen)):
         ranks = list(group)
-        held = bytes_per_rank(model, parallel, ranks[0], world_size, compute, *seen, config.optim.name)
+        optim = config.optim.name, config.optim.ema_decay > 0
+        held = bytes_per_rank(model, parallel, ranks[0], world_size, compute, *seen, *optim)
         name = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}"
         lines.append(
             f"{name:<16}{count.dense:>18,}{count.experts:>18,}"

@@ -94,6 +94,8 @@ def _object(file: Path) -> dict[str, Any] | None:
 
 def _figures(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "at step", _whole(result.get("step"))
+    if result.get("ema") is True:
+        yield "weights", "their average"
     yield "evaluated", printable(str(result.get("time", MISSING)))[:MAX_TEXT]
     captions = _dict(result, "captions")
     if captions:

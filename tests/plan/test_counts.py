@@ -200,6 +200,8 @@ def test_bytes_by_hand() -> None:
     assert sharded.optimizer == 12 * (alone.dense / 8 + alone.experts / 2 / 4)
     muon = bytes_per_rank(TINY, Parallel(ep=2), 0, world_size=8, compute="bf16", optimizer="muon")
     assert sharded.optimizer - muon.optimizer == 4 * ((alone.dense - alone.vectors) / 8 + alone.experts / 2 / 4)
+    averaged = bytes_per_rank(TINY, Parallel(ep=2), 0, world_size=8, compute="bf16", optimizer="muon", average=True)
+    assert averaged.optimizer - muon.optimizer == 4 * (alone.dense / 8 + alone.experts / 2 / 4)
     unsharded = bytes_per_rank(TINY, Parallel(ep=2, zero1=False), 0, world_size=8, compute="bf16")
     assert unsharded.optimizer == 12 * (alone.dense + alone.experts / 2)
 

@@ -15,6 +15,7 @@ from perilune.pretrain import config as configs
 from perilune.pretrain.checkpoint_files import CheckpointError
 from perilune.pretrain.data.stream import open_stream
 from perilune.pretrain.optim import optimizer
+from perilune.pretrain.optim.average import average_of
 from perilune.pretrain.schema import Config, Contrastive, Data, Parallel, Precision
 
 CONTRASTIVE = Contrastive(
@@ -57,6 +58,10 @@ def save_new(config: Config, folder: Path, step: int, data: Path, rows: int, mom
                 state["exp_avg"].normal_()
                 state["exp_avg_sq"].uniform_()
                 state["step"] = torch.tensor(float(step))
+            if (average := average_of(one)) is not None:
+                average.begin()
+                for values in average.of.values():
+                    values.normal_()
         stream = open_stream(_data(data), 1, depth=0)
         state = stream.advance(stream.initial_state(), rows)
         stream.close()

@@ -22,6 +22,7 @@ from perilune.pretrain.data.collate import collate
 from perilune.pretrain.data.shard import Row
 from perilune.pretrain.objective import next_token
 from perilune.pretrain.optim import optimizer
+from perilune.pretrain.optim.average import average_of
 from perilune.pretrain.schema import Config, Parallel, Precision
 from perilune.pretrain.step import train_step
 from perilune.pretrain.timetable import StepPlan
@@ -74,7 +75,7 @@ class Trainer:
         )
 
     def digest(self) -> dict[str, str]:
-        """SHA-256 of all that this rank holds: weights and biases, masters, moments, step counts."""
+        """SHA-256 of all that this rank holds: weights and biases, masters, moments, averages, step counts."""
         hashes: dict[str, Any] = defaultdict(hashlib.sha256)
         for chunk in self.model.bare():
             for name, value in sorted(chunk.state_dict().items()):
@@ -88,6 +89,9 @@ class Trainer:
                     hashes["masters"].update(_bytes(weight))
                     for name, value in one.optimizer.state[weight].items():
                         hashes[name].update(_bytes(value))
+            if (average := average_of(one)) is not None:
+                for value in average.of.values():
+                    hashes["averages"].update(_bytes(value))
         return {name: value.hexdigest() for name, value in hashes.items()}
 
     def close(self) -> None:
