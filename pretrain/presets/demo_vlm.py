@@ -11,7 +11,7 @@ STAGES = ("text", "vit", "align", "joint", "cooldown", "long")
 
 _SEQ_LEN = 256
 _ROWS = 8
-_STEPS = {"text": 100, "vit": 600, "align": 60, "joint": 500, "cooldown": 20, "long": 20}
+_STEPS = {"text": 100, "vit": 600, "align": 60, "joint": 620, "cooldown": 20, "long": 20}
 
 _NOISE = 0.5  # without it the decoder learns from the letter that it has read which marks training shows with it
 _TOWER = Vision(
@@ -33,8 +33,8 @@ def demo_vlm(stage: str = "joint") -> Config:
 
     Source: this repository.
     Hardware: two CPU cores, two processes of one thread each.
-    Expected: of combinations of letter and mark that no training image shows, the vision stage finds 98% among their 32
-        names and names 65% exactly right, the joint stage 89% (docs/vision.md).
+    Expected: of combinations of letter and mark that no training image shows, 48% named exactly after 500 joint steps,
+        in 17.8 minutes (two cores of an AMD EPYC, torch 2.14.1, 2026-11-27); 89% with 900 and 900 (docs/vision.md).
     Command: make demo-vlm
     """
     text = demo()
@@ -74,7 +74,8 @@ def demo_vlm(stage: str = "joint") -> Config:
     )
     match stage:
         case "text":
-            return replace(whole, vision=Vision(), data=Data(seq_len=_SEQ_LEN))
+            text_valid = replace(whole.valid, steps=32)  # the standard library holds out more than the run reads
+            return replace(whole, vision=Vision(), data=Data(seq_len=_SEQ_LEN), valid=text_valid)
         case "vit":
             return replace(
                 whole,

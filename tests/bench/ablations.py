@@ -36,12 +36,12 @@ from rich.table import Table
 
 from perilune.pretrain.scaling.results import finished
 
-STEPS, ROWS, LENGTH = 320, 8, 256
+STEPS, ROWS, LENGTH = 300, 8, 256
 VALID = 40  # batches of the validation set
 MODEL = {
-    "model.num_layers": 4, "model.hidden_size": 96, "model.num_attention_heads": 3, "model.q_lora_rank": "null",
-    "model.kv_lora_rank": 32, "model.qk_nope_head_dim": 24, "model.qk_rope_head_dim": 8, "model.v_head_dim": 24,
-    "model.intermediate_size": 256, "model.moe_intermediate_size": 64, "model.n_routed_experts": 16,
+    "model.num_layers": 3, "model.hidden_size": 64, "model.num_attention_heads": 2, "model.q_lora_rank": "null",
+    "model.kv_lora_rank": 24, "model.qk_nope_head_dim": 24, "model.qk_rope_head_dim": 8, "model.v_head_dim": 24,
+    "model.intermediate_size": 168, "model.moe_intermediate_size": 40, "model.n_routed_experts": 16,
     "model.num_experts_per_tok": 2, "model.num_nextn_predict_layers": 0, "model.vocab_size": 1024,
 }  # fmt: skip
 COMMON = MODEL | {
