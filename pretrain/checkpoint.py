@@ -33,6 +33,7 @@ from perilune.pretrain.agreement import Ranks
 from perilune.pretrain.checkpoint_files import CheckpointError, SaveError, latest, verify
 from perilune.pretrain.checkpoint_metadata import Shape, read_metadata, stored_shapes
 from perilune.pretrain.model import Model
+from perilune.pretrain.optim.average import AVERAGE
 from perilune.pretrain.schema import Config
 
 __all__ = ["CheckpointError", "SaveError", "init_from", "latest", "load", "save", "snapshot", "verify", "write"]
@@ -269,7 +270,7 @@ def _compare(path: Path, tensors: dict[str, Any], metadata: Any, with_optimizer:
     for part in Ranks().gathered(shards.shapes(tensors)):
         asked.update(part)
     averaged = any(map(moments.is_average, asked))
-    left = ("optimizer.",) if not with_optimizer else () if averaged else (moments.AVERAGE,)
+    left = ("optimizer.",) if not with_optimizer else () if averaged else (AVERAGE,)
     held = {key: shape for key, shape in stored_shapes(metadata).items() if not key.startswith(left)}
     complaints = []
     for what, keys in (("lacks", asked.keys() - held.keys()), ("has, unlike this model,", held.keys() - asked.keys())):

@@ -19,13 +19,12 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 
 from perilune.pretrain.agreement import Ranks
-from perilune.pretrain.optim.average import EMA, average_of
+from perilune.pretrain.optim.average import AVERAGE, EMA, average_of
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]  # offsets and sizes
 
 _MASTER = "optimizer.state.param."  # as the distributed optimizer names it...
 _PLAIN_MASTER = "optimizer.state.fp32_param."  # ...and as the plain mixed-precision one does
-AVERAGE = f"optimizer.state.{EMA}."
 _STATE = re.compile(r"^optimizer\.state\.[^.]+\.")  # stands before a weight's key
 
 

@@ -18,13 +18,12 @@ from perilune.pretrain.checkpoint_files import CheckpointError
 from perilune.pretrain.checkpoint_metadata import METADATA, read_metadata, stored_shapes
 from perilune.pretrain.errors import InputError
 from perilune.pretrain.hf.table import FORMATS, Tensor, format_of, tensors
-from perilune.pretrain.optim.average import EMA
+from perilune.pretrain.optim.average import AVERAGE
 from perilune.pretrain.rules import part_of
 from perilune.pretrain.schema import Config
 
 CONTRASTIVE = "contrastive."  # before the names of what compares images with texts: of no later stage and no format
 MASTER = "optimizer.state.param."  # before the name of a weight: its fp32 master
-AVERAGE = f"optimizer.state.{EMA}."  # before the name of a weight: the average of it (optim.ema_decay)
 _NAMED = 3
 
 

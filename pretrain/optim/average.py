@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 EMA = "ema"  # the name of an average among a weight's states in checkpoints
+AVERAGE = f"optimizer.state.{EMA}."  # stands there before the name of the weight
 
 
 class Average:
