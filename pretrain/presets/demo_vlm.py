@@ -33,8 +33,8 @@ def demo_vlm(stage: str = "joint") -> Config:
 
     Source: this repository.
     Hardware: two CPU cores, two processes of one thread each.
-    Expected: of combinations of letter and mark that no training image shows, 48% named exactly after 500 joint steps,
-        in 17.8 minutes (two cores of an AMD EPYC, torch 2.14.1, 2026-11-27); 89% with 900 and 900 (docs/vision.md).
+    Expected: of combinations of letter and mark that no training image shows, 64% named exactly, in 8.7 minutes (two
+        cores of an Intel Xeon with AVX-512, torch 2.14.1, 2026-11-27); 89% with 900 and 900 steps (docs/vision.md).
     Command: make demo-vlm
     """
     text = demo()
