@@ -1,9 +1,10 @@
 """Megatron-core's own local spec on this machine: the rival of tests/bench/step.py that shares our framework.
 
 Its GPTModel from `get_gpt_decoder_block_spec` without Transformer Engine: its MLA with its DotProductAttention and
-causal mask, its TopKRouter, one matmul after another for the experts (SequentialMLP), its torch RMSNorm, its
-vocabulary-parallel cross-entropy. `parallel/cpu.py` lets it run without CUDA, as it does for us; its linear layers are
-its own here, and nothing else of ours is in it. Only `Attention` stands between: MLA hands its core two arguments that the local core does not take.
+causal mask, its TopKRouter, one matmul after another for the experts (SequentialMLP), its torch RMSNorm, its linear
+layers, its vocabulary-parallel cross-entropy. `parallel/cpu.py` lets it run without CUDA, as it does for us; nothing
+else of ours is in it. Only `Attention` stands between: MLA hands its core two arguments that the local core does not
+take.
 """
 
 from __future__ import annotations
