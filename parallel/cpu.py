@@ -260,6 +260,9 @@ def _linear(
     )  # fmt: skip
 
 
+_linear.warned = True  # type: ignore[attr-defined]  # its warning about CUDA_DEVICE_MAX_CONNECTIONS, kept at its name
+
+
 def _padded(part: torch.Tensor, rows: int) -> torch.Tensor:
     return torch.cat((part, part.new_zeros(rows - part.shape[0], *part.shape[1:])))
 
