@@ -1,10 +1,10 @@
 """Causal attention by blocks of queries, for CPUs: FlashAttention's recomputation (arXiv 2205.14135) on plain matmuls.
 
 A block of queries meets all its keys at once, so that no online softmax is needed; only its last columns are masked.
-Scores and softmax are fp32, whatever the inputs; the other matmuls run in the inputs' type, and sums over blocks are
-fp32. One buffer of scores, of the size of a cache, serves all blocks: fresh memory would cost a page fault for every
-4 KB. Backward computes the scores again, so no T x T matrix is held; of documents so short that their softmax is small
-beside the other activations, it is kept in bf16.
+Scores and softmax are fp32, whatever the inputs; the other matmuls run in the inputs' type, or fp32 where this CPU is
+faster with that, and sums over blocks are fp32. One buffer of scores, of the size of a cache, serves all blocks: fresh
+memory would cost a page fault for every 4 KB. Backward computes the scores again, so no T x T matrix is held; of
+documents so short that their softmax is small beside the other activations, it is kept in bf16.
 
 Q queries, K keys, N heads, D query and key head dim, E value head dim (they may differ, without padding).
 """
@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from perilune.kernels import threads
+from perilune.kernels import matmul, threads
+from perilune.kernels.matmul import cast
 
 Range = tuple[int, int]
 
@@ -56,11 +57,11 @@ class _Blocked(torch.autograd.Function):
         backward: bool,
     ) -> torch.Tensor:
         ctx.queries, ctx.keys, ctx.scale = queries, keys, scale
-        q, k, v = (_by_head(x) for x in (q_QND, k_KND, v_KNE))
+        q, k, v = (matmul.wide(_by_head(x)) for x in (q_QND, k_KND, v_KNE))
         out_QNE = v_KNE.new_empty(q_QND.shape[0], *v_KNE.shape[1:])
         out, shares = out_QNE.transpose(0, 1), _shares(q.shape[0])
         wide_q, wide_k = _wide(q), _wide(k)
-        keep = backward and v.dtype != wide_q.dtype and _numbers(queries, keys, q.shape[0]) <= KEPT
+        keep = backward and v_KNE.dtype != wide_q.dtype and _numbers(queries, keys, q.shape[0]) <= KEPT
         kept: list[list[torch.Tensor]] = [[] for _ in shares]
 
         def work(mine: Iterator[int]) -> None:
@@ -70,8 +71,9 @@ class _Blocked(torch.autograd.Function):
                 for heads, block, seen in _blocks(queries, keys, shares[i]):
                     p = scores.softmax(heads, block, seen)
                     if keep:
-                        kept[i].append(p := p.to(v.dtype))
-                    out[heads, block] = _cast(p, low) @ v[heads, seen]
+                        kept[i].append(p.to(v_KNE.dtype))
+                        p = kept[i][-1] if v.dtype == v_KNE.dtype else p
+                    out[heads, block] = cast(p, low) @ v[heads, seen]
 
         threads.share(work, range(len(shares)), len(shares))
         ctx.shares, ctx.kept = shares, [len(part) for part in kept]
@@ -82,7 +84,7 @@ class _Blocked(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_QNE: torch.Tensor) -> Any:
         q_QND, k_KND, v_KNE, *kept = ctx.saved_tensors
-        q, k, v, grad = (_by_head(x) for x in (q_QND, k_KND, v_KNE, grad_QNE))
+        q, k, v, grad = (matmul.wide(_by_head(x)) for x in (q_QND, k_KND, v_KNE, grad_QNE))
         wide_q, wide_k = _wide(q), _wide(k)
         wide = wide_q.dtype
         dq_QND = torch.empty_like(q_QND, memory_format=torch.contiguous_format)
@@ -102,13 +104,14 @@ class _Blocked(torch.autograd.Function):
                     if ds_low is not d_scores:
                         dp.copy_(dp_low)
                     torch.ops.aten._softmax_backward_data.out(dp, p, -1, dp.dtype, grad_input=dp)
-                    p, ds = kept[at] if kept else _cast(p, p_low), _cast(dp, ds_low)
+                    p = kept[at] if kept and kept[at].dtype == v.dtype else cast(p, p_low)
+                    ds = cast(dp, ds_low)
                     dq[heads, block] = (ds @ k[heads, seen]).mul_(ctx.scale)
                     _add_product(dk[heads, seen], ds, q[heads, block], ctx.scale)
                     _add_product(dv[heads, seen], p, grad[heads, block], 1.0)
 
         threads.share(work, range(len(ctx.shares)), min(len(ctx.shares), threads.available()))
-        return dq_QND, dk.transpose(0, 1).to(k.dtype), dv.transpose(0, 1).to(v.dtype), None, None, None, None
+        return dq_QND, dk.transpose(0, 1).to(k_KND.dtype), dv.transpose(0, 1).to(v_KNE.dtype), None, None, None, None
 
 
 class _Scores:
@@ -176,11 +179,6 @@ def _by_head(x_TND: torch.Tensor) -> torch.Tensor:
 def _wide(x: torch.Tensor) -> torch.Tensor:
     """At least fp32."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-
-
-def _cast(x: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
-    """`x` in the type of `buffer`, in its memory where that is another type."""
-    return x if x.dtype == buffer.dtype else buffer[: x.numel()].view(x.shape).copy_(x)
 
 
 def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float) -> None:

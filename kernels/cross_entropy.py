@@ -1,8 +1,9 @@
 """The loss of each token from its hidden state: output projection and cross-entropy in chunks of tokens.
 
 Neither logits nor probabilities of many tokens are ever held in fp32: those of KEPT numbers at most, of more a chunk's,
-which backward computes again. In bf16 the logits of all tokens are held in bf16. What is held, the gradients replace.
-The vocabulary may be split over tensor-parallel ranks (Megatron-LM, arXiv 1909.08053, section 3).
+which backward computes again. Where bf16 is multiplied as such, the logits of all tokens are held in bf16. What is
+held, the gradients replace. The vocabulary may be split over tensor-parallel ranks (Megatron-LM, arXiv 1909.08053,
+section 3).
 
 T tokens, H hidden, V vocabulary of this rank, C tokens of a chunk.
 """
@@ -16,6 +17,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
+
+from perilune.kernels import matmul
+from perilune.kernels.weight_gradient import WeightGradient
 
 CHUNK = 1 << 21  # logits at once (8 MB in fp32)
 KEPT = 1 << 26  # fp32 numbers that may be held from forward to backward (256 MB)
@@ -32,12 +36,12 @@ def linear_cross_entropy(
     """-log softmax(hidden weight^T)[label] of every token, [T] in fp32.
 
     With `group`, rank r holds words [r V, (r+1) V) of the vocabulary; the gradient of `hidden_TH` is then this rank's
-    part, to be summed over the group. Labels are of the whole vocabulary. Where the weight has Megatron-core's
-    `main_grad`, backward adds its gradient there (see `kernels/experts_loop.py`). Without `keep` nothing of [T, V] is
-    held in fp32 or fp64 however small it is, and backward may be called twice.
+    part, to be summed over the group. Labels are of the whole vocabulary. Without `keep` nothing of [T, V] is held in
+    fp32 or fp64 however small it is, and backward may be called twice. `kernels/weight_gradient.py` says where the
+    weight's gradient goes.
     """
     backward = torch.is_grad_enabled()
-    out: torch.Tensor = _LinearCrossEntropy.apply(hidden_TH, weight_VH, labels_T, group, backward, keep)
+    out: torch.Tensor = _LinearCrossEntropy.apply(matmul.wide(hidden_TH), weight_VH, labels_T, group, backward, keep)
     return out
 
 
@@ -52,7 +56,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         backward: bool,
         keep: bool,
     ) -> torch.Tensor:
-        T, V = hidden_TH.shape[0], weight_VH.shape[0]
+        T, V, wide_VH = hidden_TH.shape[0], weight_VH.shape[0], matmul.wide(weight_VH)
         first = V * group.rank() if group is not None else 0
         at_T = labels_T - first
         mine_T = (at_T >= 0) & (at_T < V)
@@ -63,7 +67,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         most_T, sum_T, label_T = (buffer.new_empty(T) for _ in range(3))
         for rows in _chunks(hidden_TH, V):
             # In fp32 what follows in place leaves exp(logit - most_T) in what is kept.
-            logits = _logits(hidden_TH[rows], weight_VH, buffer, kept_TV[rows] if kept_TV is not None else None)
+            logits = _logits(hidden_TH[rows], wide_VH, buffer, kept_TV[rows] if kept_TV is not None else None)
             torch.amax(logits, -1, out=most_T[rows])
             label_T[rows] = logits.gather(1, at_T[rows, None])[:, 0]
             torch.sum(logits.sub_(most_T[rows, None]).exp_(), -1, out=sum_T[rows])
@@ -78,14 +82,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_T: torch.Tensor) -> Any:
         hidden_TH, weight_VH, at_T, mine_T, most_T, log_sum_T, kept_TV = ctx.saved_tensors
-        V = weight_VH.shape[0]
+        V, wide_VH = weight_VH.shape[0], matmul.wide(weight_VH)
         dhidden_TH = torch.empty_like(hidden_TH)
-        total: Any = getattr(weight_VH, "main_grad", None) if ctx.needs_input_grad[1] else None
+        dweight = WeightGradient(weight_VH, ctx.needs_input_grad[1])
+        part = dweight.buffer(weight_VH.shape)
         buffer = _buffer(hidden_TH, V)
         exps = kept_TV is not None and kept_TV.dtype == buffer.dtype
-        # In bf16 one matmul over all tokens writes its output, and does not add to it.
-        direct = total is not None and total.dtype == hidden_TH.dtype and (kept_TV is None or exps)
-        dweight = total if direct else torch.zeros_like(weight_VH)
         scale_T = (most_T - log_sum_T).exp_()
         for rows in _chunks(hidden_TH, V):
             if kept_TV is not None and exps:
@@ -93,26 +95,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
             elif kept_TV is not None:
                 p = buffer[: rows.stop - rows.start].copy_(kept_TV[rows]).sub_(log_sum_T[rows, None]).exp_()
             else:
-                p = _logits(hidden_TH[rows], weight_VH, buffer, None).sub_(log_sum_T[rows, None]).exp_()
+                p = _logits(hidden_TH[rows], wide_VH, buffer, None).sub_(log_sum_T[rows, None]).exp_()
             p.scatter_add_(1, at_T[rows, None], -mine_T[rows, None].to(p.dtype))
             p.mul_(grad_T[rows, None])
             if kept_TV is None:
-                dweight.addmm_(p.T, hidden_TH[rows])
-                torch.mm(p, weight_VH, out=dhidden_TH[rows])
+                dweight.add(p.T, hidden_TH[rows], part)
+                torch.mm(p, wide_VH, out=dhidden_TH[rows])
             elif not exps:
                 kept_TV[rows] = p
         if kept_TV is not None:
-            torch.mm(kept_TV, weight_VH, out=dhidden_TH)
-            if exps:
-                dweight.addmm_(kept_TV.T, hidden_TH)
-            else:
-                torch.mm(kept_TV.T, hidden_TH, out=dweight)
-        if total is None:
-            return dhidden_TH, dweight, None, None, None, None
-        if not direct:
-            total.add_(dweight)
-        weight_VH.grad_added_to_main_grad = True
-        return dhidden_TH, torch.empty_like(weight_VH), None, None, None, None
+            torch.mm(kept_TV, wide_VH, out=dhidden_TH)
+            dweight.add(kept_TV.T, hidden_TH, part)
+        return dhidden_TH, dweight.done(), None, None, None, None
 
 
 def _over_group(log_sum_T: torch.Tensor, label_T: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.models.common.embeddings import rope_utils
-from megatron.core.tensor_parallel import mappings, random
+from megatron.core.tensor_parallel import layers, mappings, random
 
+from perilune.kernels.linear import linear
 from perilune.kernels.rope import rotate_pairs
 
 _FACTORIES = (
@@ -238,6 +239,30 @@ def _rope(
     return _ROPE(t, freqs, config, cu_seqlens, mscale, cp_group, mla_rotary_interleaved)
 
 
+def _linear(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    gradient_accumulation_fusion: bool,
+    allreduce_dgrad: bool,
+    sequence_parallel: bool,
+    grad_output_buffer: Any = None,
+    wgrad_deferral_limit: int | None = 0,
+    tp_group: Any = None,
+    gtp_remat_size: int = 1,
+) -> torch.Tensor:
+    """A linear layer by `kernels/linear.py` where nothing of it is another rank's."""
+    if bias is None and not allreduce_dgrad and not sequence_parallel and grad_output_buffer is None:
+        return linear(input, weight)
+    return _LINEAR(
+        input, weight, bias, gradient_accumulation_fusion, allreduce_dgrad, sequence_parallel, grad_output_buffer,
+        wgrad_deferral_limit, tp_group, gtp_remat_size,
+    )  # fmt: skip
+
+
+_linear.warned = True  # type: ignore[attr-defined]  # its warning about CUDA_DEVICE_MAX_CONNECTIONS, kept at its name
+
+
 def _padded(part: torch.Tensor, rows: int) -> torch.Tensor:
     return torch.cat((part, part.new_zeros(rows - part.shape[0], *part.shape[1:])))
 
@@ -255,6 +280,7 @@ def _unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
 
 _GATHER, _REDUCE_SCATTER = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
 _ROPE = rope_utils.apply_rotary_pos_emb
+_LINEAR = layers.linear_with_grad_accumulation_and_async_allreduce
 _TENSOR_TYPE = torch.Tensor.type
 _TENSOR_CUDA = torch.Tensor.cuda
 
@@ -305,6 +331,12 @@ PATCHES: tuple[Patch, ...] = (
         "dist_all_gather_func",
         _unless_alone(dist.all_gather_into_tensor),
         "2026-11: the same of all parameters",
+    ),
+    (
+        "megatron.core.tensor_parallel.layers",
+        "linear_with_grad_accumulation_and_async_allreduce",
+        _linear,
+        "2026-11: gradients are added to DDP's buffer in the matmul on GPUs alone; bf16 is slow on many CPUs",
     ),
     (
         "megatron.core.transformer.multi_latent_attention",

@@ -29,12 +29,21 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import filesystem
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.metadata import (
+    STORAGE_TYPES,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import ReadItem, SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 from torch.utils.serialization import config as serialization
 
+from perilune.pretrain import checkpoint_metadata as plain
 from perilune.pretrain.checkpoint_files import CheckpointError
 from perilune.pretrain.checkpoint_metadata import Shape
 from perilune.pretrain.disk import SyncedFile
@@ -160,16 +169,33 @@ def shapes(sharded: dict[str, Any]) -> dict[str, Shape]:
     }
 
 
-def read(sharded: dict[str, Any], folder: Path, metadata: Metadata) -> dict[str, Any]:
+def read(sharded: dict[str, Any], folder: Path, metadata: plain.Metadata) -> dict[str, Any]:
     """Fill the sharded tensors of `sharded` (no factories left) in place; returns it with plain tensors. Local.
 
     Whether keys and shapes fit is checked before (`shapes`, `stored_shapes`). Raises what torch raises on bad bytes.
     """
-    reader = dcp.FileSystemReader(folder)
+    reader, theirs = dcp.FileSystemReader(folder), _theirs(metadata)
     planner = _LoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     with torch.no_grad():
-        planner.set_up_planner(mcore_to_pyt_state_dict(_by_key(sharded), is_loading=True), metadata, False)
-        reader.set_up_storage_reader(metadata, False)
+        planner.set_up_planner(mcore_to_pyt_state_dict(_by_key(sharded), is_loading=True), theirs, False)
+        reader.set_up_storage_reader(theirs, False)
         plan = planner.finish_plan(reader.prepare_local_plan(planner.create_local_plan()))
         reader.read_data(plan, planner).wait()
     return dict_list_map_inplace(lambda tensor: tensor.data, sharded)
+
+
+def _theirs(metadata: plain.Metadata) -> Metadata:
+    """In DCP's own classes."""
+    tensors: dict[str, STORAGE_TYPES] = {
+        key: TensorStorageMetadata(
+            TensorProperties(entry.properties.dtype),
+            entry.size,
+            [ChunkStorageMetadata(chunk.offsets, chunk.sizes) for chunk in entry.chunks],
+        )
+        for key, entry in metadata.state_dict_metadata.items()
+    }
+    places = {
+        MetadataIndex(at.fqn, at.offset): filesystem._StorageInfo(place.relative_path, place.offset, place.length)
+        for at, place in metadata.storage_data.items()
+    }
+    return Metadata(tensors, storage_data=places, storage_meta=StorageMeta())

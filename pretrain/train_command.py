@@ -87,7 +87,7 @@ def check_here(config: Config, run_dir: Path, world: int, gpus: int, start: Star
     _check_data(config)
     if int(os.environ.get("RANK", "0")) == 0:
         if not gpus and config.precision.compute == "bf16" and not doctor.multiplies_bf16():
-            print("this CPU has no bf16 instructions: precision.compute=fp32 may be many times faster", file=sys.stderr)
+            print("this CPU has no bf16 instructions: precision.compute=fp32 is at least as fast", file=sys.stderr)
         _prepare(config, run_dir)
 
 

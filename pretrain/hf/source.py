@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import mmap
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
@@ -9,13 +10,11 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
-from torch.distributed.checkpoint.metadata import MetadataIndex
-from torch.distributed.checkpoint.utils import _create_file_view
 
 from perilune.pretrain import checkpoint_files as files
 from perilune.pretrain import config as configs
 from perilune.pretrain.checkpoint_files import CheckpointError
-from perilune.pretrain.checkpoint_metadata import METADATA, read_metadata, stored_shapes
+from perilune.pretrain.checkpoint_metadata import METADATA, Index, read_metadata, stored_shapes
 from perilune.pretrain.errors import InputError
 from perilune.pretrain.hf.table import FORMATS, Tensor, format_of, tensors
 from perilune.pretrain.optim.average import AVERAGE
@@ -61,7 +60,7 @@ class Checkpoint:
             )
         self.tensors: dict[str, Tensor] = tensors(self.config.model, self.config.vision, self.names)
         self._stored = stored_shapes(self._metadata)
-        self._held: dict[MetadataIndex, torch.Tensor] = {}
+        self._held: dict[Index, torch.Tensor] = {}
         self._check()
         self.average = average
         if average:
@@ -116,7 +115,7 @@ class Checkpoint:
 
         Read in ascending order, each of its stored parts is read once: one that reaches beyond `stop` is kept.
         """
-        entry: Any = self._metadata.state_dict_metadata[name]
+        entry = self._metadata.state_dict_metadata[name]
         stop = entry.size[0] if stop is None else stop
         shape, found = (stop - start, *entry.size[1:]), None
         held, self._held = self._held, {}
@@ -125,7 +124,7 @@ class Checkpoint:
             low, high = max(start, first), min(stop, end)
             if low >= high:
                 continue
-            index = MetadataIndex(name, chunk.offsets)
+            index = Index(name, chunk.offsets)
             part = held.pop(index) if index in held else self._part(index, chunk.sizes, entry.properties.dtype)
             if end > stop:
                 self._held[index] = part
@@ -140,7 +139,7 @@ class Checkpoint:
             raise CheckpointError(f"{self.path}: {name} has no parts")
         return found
 
-    def _part(self, index: MetadataIndex, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    def _part(self, index: Index, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
         """A part of a tensor as one process stored it."""
         place = self._metadata.storage_data[index]
         part = _mapped(self.path / place.relative_path, place.offset, place.length)
@@ -195,15 +194,38 @@ def _mapped(file: Path, start: int, length: int) -> torch.Tensor:
     """The tensor that torch.save wrote to `length` bytes of `file`, in the system's cache of the file: not copied."""
     skipped = start % mmap.ALLOCATIONGRANULARITY
     with open(file, "rb") as stream:
-        part = cast(IO[bytes], _create_file_view(stream, start, length))
-        described = torch.load(part, map_location="meta", weights_only=True)
         window = mmap.mmap(stream.fileno(), skipped + length, offset=start - skipped, access=mmap.ACCESS_COPY)
+    view = cast(IO[bytes], _View(memoryview(window)[skipped:]))
+    described = torch.load(view, map_location="meta", weights_only=True)
     storage = described.untyped_storage()
     begin = skipped + storage._checkpoint_offset
     raw = torch.frombuffer(window, dtype=torch.uint8, count=storage.nbytes(), offset=begin)
     if raw.data_ptr() % described.dtype.itemsize:
         raw = raw.clone()  # a checkpoint of before tensors were aligned
     return raw.view(described.dtype).as_strided(described.shape, described.stride(), described.storage_offset())
+
+
+class _View(io.RawIOBase):
+    """Memory as a file."""
+
+    def __init__(self, memory: memoryview) -> None:
+        self._memory, self._at = memory, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = max(0, offset + (0, self._at, len(self._memory))[whence])
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        part = self._memory[self._at : self._at + len(buffer)]
+        buffer[: len(part)] = part
+        self._at += len(part)
+        return len(part)
 
 
 def checkpoint_of(path: Path) -> Path | None:

@@ -1,9 +1,10 @@
 """Megatron-core's own local spec on this machine: the rival of tests/bench/step.py that shares our framework.
 
 Its GPTModel from `get_gpt_decoder_block_spec` without Transformer Engine: its MLA with its DotProductAttention and
-causal mask, its TopKRouter, one matmul after another for the experts (SequentialMLP), its torch RMSNorm, its
-vocabulary-parallel cross-entropy. `parallel/cpu.py` lets it run without CUDA, as it does for us; nothing else of ours
-is in it. Only `Attention` stands between: MLA hands its core two arguments that the local core does not take.
+causal mask, its TopKRouter, one matmul after another for the experts (SequentialMLP), its torch RMSNorm, its linear
+layers, its vocabulary-parallel cross-entropy. `parallel/cpu.py` lets it run without CUDA, as it does for us; nothing
+else of ours is in it. Only `Attention` stands between: MLA hands its core two arguments that the local core does not
+take.
 """
 
 from __future__ import annotations
@@ -13,16 +14,19 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.module import Float16Module
 
 from perilune.moe import backbone
+from perilune.parallel import cpu
 from perilune.parallel.mesh import Mesh
 from perilune.pretrain import model as models
 from perilune.pretrain.schema import Config
@@ -79,7 +83,8 @@ def build(config: Config, weights: dict[str, Any], tokens: torch.Tensor, way: Wa
     counted[:, -1] = 0  # nothing follows the last token of a document
 
     def loss_of(module: torch.nn.Module) -> torch.Tensor:
-        losses = module(input_ids=tokens, position_ids=positions, attention_mask=hidden, labels=labels)
+        with patch.object(layers, "linear_with_grad_accumulation_and_async_allreduce", cpu._LINEAR):
+            losses = module(input_ids=tokens, position_ids=positions, attention_mask=hidden, labels=labels)
         return (losses.float() * counted).sum() / counted.sum()
 
     if way.optimizer == "torch":

@@ -9,10 +9,11 @@ the median of the rounds'. Each rival runs in every way in which its user might,
 DeepseekV3ForCausalLM with SDPA, its expert implementations (`batched_mm` is left out: it copies the chosen experts'
 weights for every token, 52 GB here) and torch's fused AdamW, in bf16 both with autocast over fp32 weights and all in
 bf16; Megatron-core as tests/bench/megatron_local.py says, in bf16 with fp32 masters, as Perilune always has them.
-`matmul fraction` is model FLOPs a second over the rate of a large matmul, the median of a second's before every step of
-ours: as much of it as of the step falls into moments when others take the cores. Memory (rss) is the
-peak resident size of a process of its own that takes two steps; transformers' in bf16 is that with autocast, whose
-weights and optimizer state are fp32 like ours.
+`matmul fraction` is model FLOPs a second over the rate of a large matmul in the type in which Perilune multiplies (fp32
+where this CPU is slower with bf16: `kernels/matmul.py`), the median of a second's before every step of ours: as much of
+it as of the step falls into moments when others take the cores. Memory (rss) is the peak resident size of a process of
+its own that takes two steps; transformers' in bf16 is that with autocast, whose weights and optimizer state are fp32
+like ours.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ import transformers
 from matmul import emulates_bf16, matmul_rate
 from safetensors.torch import save_file
 
+from perilune.kernels.matmul import slow_bf16
 from perilune.parallel import mesh as meshes
 from perilune.pretrain import model as models
 from perilune.pretrain import presets, rules
@@ -156,7 +158,7 @@ def measure(compute: str, tokens: np.ndarray, rounds: int) -> list[dict[str, obj
 def race(compute: str, tokens: np.ndarray, rounds: int, folder: Path) -> list[dict[str, object]]:
     """The speeds; leaves transformers' checkpoint of the first weights in `folder`."""
     config, ids, apart = shape(compute), torch.from_numpy(tokens), APART[compute]
-    dtype = torch.float32 if compute == "fp32" else torch.bfloat16
+    dtype = torch.float32 if compute == "fp32" or slow_bf16() else torch.bfloat16
     mine, net = ours(config, tokens)
     write_folder(config, net, folder)
     hows = ("fp32",) if compute == "fp32" else ("autocast", "bf16")
@@ -182,7 +184,7 @@ def race(compute: str, tokens: np.ndarray, rounds: int, folder: Path) -> list[di
     flops = tokens.size * flops_per_token(config.model, SEQ_LEN).training
     fraction = statistics.median(flops / row[0] / rate for row, rate in zip(seconds, rates, strict=True))
     rate = statistics.median(rates)
-    print(f"{compute}: {fraction:.0%} of a {rate / 1e9:.0f} GFLOP/s matmul", flush=True)
+    print(f"{compute}: {fraction:.0%} of a {rate / 1e9:.0f} GFLOP/s matmul in {str(dtype)[6:]}", flush=True)
     return [*entries, entry(f"step_{compute}_matmul_fraction", fraction * rate, rate, fraction, "FLOP/s")]
 
 

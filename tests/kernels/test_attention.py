@@ -44,6 +44,7 @@ def test_documents_equal_the_masked_formula(attention: Attention, lengths: list[
     _same(attention(q, k, v, pieces, 0.3), reference(q, k, v, bounds, 0.3), [q, k, v], 1e-5)
 
 
+@pytest.mark.usefixtures("bf16_multiplied")
 @pytest.mark.parametrize("kept", [0, attention_blocks.KEPT])
 @pytest.mark.parametrize("attention", [_by_blocks, sdpa_by_piece])
 def test_bf16_is_as_near_to_the_formula_as_its_rounding(
@@ -55,6 +56,7 @@ def test_bf16_is_as_near_to_the_formula_as_its_rounding(
     _same(attention(q, k, v, pieces, 0.2), reference(q, k, v, bounds, 0.2), [q, k, v], 1e-2)
 
 
+@pytest.mark.usefixtures("bf16_multiplied")
 def test_what_is_kept_of_the_softmax_goes_with_the_rest_that_backward_saved() -> None:
     """By autograd, which frees it after backward, and lets a checkpoint keep nothing."""
     q, k, v = _qkv(300, 2, 24, 16, torch.bfloat16)

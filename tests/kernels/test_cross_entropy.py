@@ -7,6 +7,7 @@ from perilune.kernels import cross_entropy
 from perilune.kernels.cross_entropy import linear_cross_entropy, reference
 
 
+@pytest.mark.usefixtures("bf16_multiplied")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("collected", [None, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kept", [0, 11 * 50])

@@ -27,6 +27,7 @@ def _same(ours: torch.Tensor, theirs: torch.Tensor, inputs: Inputs) -> None:
 
 
 @pytest.mark.parametrize("counts", [[3, 0, 5, 2], [0, 0, 0, 10], [10, 0, 0, 0], [0, 0, 0, 0], [ROWS, ROWS + 1, 0, 1]])
+@pytest.mark.usefixtures("bf16_multiplied")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("on", ["cpu", "other"])
 def test_grouped_equals_the_loop_in_values_and_gradients(
@@ -41,6 +42,7 @@ def test_grouped_equals_the_loop_in_values_and_gradients(
     _same(grouped_swiglu(x, w1, w2, of_each, probs), reference(x, w1, w2, of_each, probs), inputs)
 
 
+@pytest.mark.usefixtures("bf16_multiplied")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_from_tokens_to_tokens_equals_permuting_and_the_loop(dtype: torch.dtype) -> None:
     T, E, K = 50, 4, 2
@@ -55,6 +57,7 @@ def test_from_tokens_to_tokens_equals_permuting_and_the_loop(dtype: torch.dtype)
     _same(ours, reference_unpermute(rows, chosen), (x, w1, w2, weights))
 
 
+@pytest.mark.usefixtures("bf16_multiplied")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weight_gradients_are_added_where_ddp_collects_them(dtype: torch.dtype) -> None:
     counts = torch.tensor([3, 0, 5, 2])

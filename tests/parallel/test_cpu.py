@@ -21,6 +21,7 @@ HERE = {
     "dist_reduce_scatter_func",
     "dist_all_gather_func",
     "apply_rotary_pos_emb",
+    "linear_with_grad_accumulation_and_async_allreduce",
 }
 
 
@@ -76,6 +77,22 @@ def test_rope_equals_megatrons_whether_ours_takes_it_or_not(interleaved: bool) -
     given = {"config": config, "mscale": 1.1, "cp_group": object(), "mla_rotary_interleaved": interleaved}
     theirs = upstream("megatron.core.models.common.embeddings.rope_utils").apply_rotary_pos_emb
     torch.testing.assert_close(cpu._rope(x, angles, **given), theirs(x, angles, **given))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+def test_gradients_of_linear_layers_are_added_in_the_matmul_on_gpus_alone() -> None:
+    layers = upstream("megatron.core.tensor_parallel.layers")
+    assert not layers._grad_accum_fusion_available
+    theirs = layers.linear_with_grad_accumulation_and_async_allreduce
+    x, weight, bias = torch.randn(3, 2, 8), torch.randn(6, 8), torch.randn(6)
+    upstream_grad, group = torch.randn(3, 2, 6), SimpleNamespace(size=lambda: 1)
+    for has_bias in (False, True):  # one with a bias is left to Megatron-core
+        found = []
+        for linear in (cpu._linear, theirs):
+            inputs = [one.clone().requires_grad_() for one in (x, weight, bias)][: 2 + has_bias]
+            out = linear(*inputs, *([] if has_bias else [None]), False, False, False, None, None, group)
+            found.append([out, *torch.autograd.grad(out, inputs, upstream_grad)])
+        torch.testing.assert_close(*found)
 
 
 def test_parts_of_unequal_size_over_gloo(workers: Workers) -> None:
