@@ -31,6 +31,10 @@ class JobError(ValueError):
     """A job that cannot be started: the message holds the values, the rule and the remedy."""
 
 
+class NoAnswer(JobError):
+    """A cluster does not answer: nothing is known of its jobs, and the same question may be answered later."""
+
+
 @dataclass(frozen=True)
 class Job:
     """What to start. Paths are absolute, and the same on every node."""

@@ -6,7 +6,7 @@ import importlib
 import os
 from typing import Any
 
-from perilune.launch.job import JobError, Papers
+from perilune.launch.job import JobError, NoAnswer, Papers
 
 _MODULES = {"local": "local", "slurm": "slurm", "ray": "ray_jobs"}  # name in `Papers.where` -> module of launch/
 
@@ -21,15 +21,21 @@ def launcher(where: dict[str, Any]) -> Any:
 
 def refuse_second(papers: Papers) -> None:
     """Raise JobError where the run is under way, whoever started it: two launches would write over each other's files.
-
-    One that cannot be asked (on another machine, behind a cluster that does not answer) is taken for ended.
+    Raise NoAnswer where its cluster does not say. One on another machine, which cannot be asked, is taken for ended.
     """
     try:
         _, other = papers.read()
         there = launcher(other).state(other)
     except JobError:
         return
-    if other.get("pid") == os.getpid() or not there.startswith(("running", "pending")):
+    if other.get("pid") == os.getpid():
+        return
+    if there.startswith("unknown"):
+        raise NoAnswer(
+            f"{papers.run_dir} may be under way: {there.removeprefix('unknown: ')}. Try again when it answers; if it "
+            f"is gone for good, remove {papers.where}"
+        )
+    if not there.startswith(("running", "pending")):
         return
     who = f"process {other['pid']}" if "pid" in other else f"{other['launcher']}'s job {_jobs(other)}"
     raise JobError(
@@ -39,4 +45,4 @@ def refuse_second(papers: Papers) -> None:
 
 
 def _jobs(where: dict[str, Any]) -> str:
-    return ", ".join(map(str, where.get("jobs", []))) or str(where.get("job", ""))
+    return ", ".join(map(str, where.get("jobs", []))) or str(where.get("job") or where.get("mark", ""))

@@ -6,6 +6,7 @@ import importlib.util
 import ipaddress
 import json
 import os
+import re
 import secrets
 import shlex
 import signal
@@ -20,11 +21,14 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from perilune.launch import local
-from perilune.launch.job import Job, JobError, Papers
+from perilune.launch.job import Job, JobError, NoAnswer, Papers
 from perilune.launch.launchers import refuse_second
 from perilune.launch.ray_driver import QUIET, own_cluster, stop_file
 
-_ANSWER_S = 15.0
+_ANSWER_S = 30.0
+_NOT_KNOWN = "ended: its cluster does not know it"  # it never came there, or the cluster is another one since
+# Of the server's errors those that are no verdict on the job: the cluster is not all there.
+_AWAY = re.compile(r"status code (408|429|502|503|504)|try again later")
 _TOKEN_HELP = "export RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, with RAY_AUTH_MODE=token"
 
 
@@ -63,41 +67,50 @@ def describe(job: Job, address: str | None) -> str:
 def run(job: Job, address: str | None, *, insecure: bool, wait: bool) -> int:
     """Start the run; with `wait` stay to its end and return its exit code. SIGTERM and Ctrl-C end it with a checkpoint.
 
-    Raises JobError for a cluster that does not answer, refuses, or takes jobs from anybody.
+    Raises JobError for a cluster that refuses, or takes jobs from anybody; NoAnswer for one that does not answer.
     """
     papers = Papers(job.run_dir)
-    if importlib.util.find_spec("ray") is None:
-        raise JobError("Ray is missing here: pip install 'ray[default]', or start the run by another launcher")
+    client = check(address, insecure)
     refuse_second(papers)
     if address is None and not wait:
         raise JobError("--no-wait needs --address: a cluster of this machine for one run ends with this command")
-    client = _client(address, insecure) if address else None
+    number = _not_taken(papers, address) or f"perilune_{secrets.token_hex(8)}"
     papers.folder.mkdir(parents=True, exist_ok=True)
     stop_file(papers).unlink(missing_ok=True)
     if client is None:
         return _run_here(job, papers)
-    number = f"perilune_{secrets.token_hex(8)}"
     where = {"launcher": "ray", "address": address, "job": number, "run_dir": str(job.run_dir)}
-    # Before, and left there after an error: a job that nobody knows of could be submitted a second time, and an answer
-    # that got lost may be of one that was taken. Whether it was, the cluster says when it is asked next.
+    # Before, and left there after an error: a job that nobody knows of could be submitted a second time.
     papers.write(job, where)
     try:
         client.submit_job(**_submission(job), submission_id=number)
     except Exception as error:  # of requests, of Ray: what the server said is all there is to say
-        raise JobError(f"{address} did not take the job: {_line(error)}") from error
+        there = state(where)  # the answer may be lost of a job that was taken
+        said = f"{address} did not take the job: {_line(error)}"
+        if there.startswith("unknown") or (there == _NOT_KNOWN and _away(error)):
+            raise NoAnswer(said) from error
+        if there == _NOT_KNOWN:
+            raise JobError(said) from error
     print(f"submitted: job {number} to {address}", file=sys.stderr, flush=True)
     return _stay(client, number, papers) if wait else 0
 
 
+def check(address: str | None, insecure: bool) -> Any:
+    """The client of the cluster at `address`. Raises JobError where Ray is missing or the cluster refuses; NoAnswer."""
+    if importlib.util.find_spec("ray") is None:
+        raise JobError("Ray is missing here: pip install 'ray[default]', or start the run by another launcher")
+    return _client(address, insecure) if address else None
+
+
 def state(where: dict[str, Any]) -> str:
-    """`running`, `pending`, `done`, `failed`, ..., as the cluster says it."""
+    """`running`, `pending`, `done`, `failed`, ..., as the cluster says it; `unknown: WHY` where it does not."""
     if not where.get("address"):
         return local.state(where)
     try:
         word = str(_client(where["address"], True).get_job_status(where["job"]).value)
     except Exception as error:
-        if "does not exist" in str(error):  # it never came there, or the cluster is another one since
-            return "ended: its cluster does not know it"
+        if f"{where['job']} does not exist" in str(error):
+            return _NOT_KNOWN
         return f"unknown: {where['address']} does not say ({_line(error)})"
     return {"SUCCEEDED": "done", "STOPPED": "cancelled"}.get(word, word.lower())
 
@@ -109,6 +122,17 @@ def cancel(where: dict[str, Any], now: bool) -> None:
     _ask(Papers(Path(where["run_dir"])), 2 if now else 1)
     if now and where.get("address"):
         _client(where["address"], True).stop_job(where["job"])
+
+
+def _not_taken(papers: Papers, address: str | None) -> str:
+    """The number of an earlier submission that did not come there: under it one that is on its way yet, and this one,
+    are one job. Empty: there is none."""
+    try:
+        _, where = papers.read()
+    except JobError:
+        return ""
+    there = address and where.get("address") == address and state(where) == _NOT_KNOWN
+    return str(where["job"]) if there else ""
 
 
 def _submission(job: Job) -> dict[str, Any]:
@@ -176,7 +200,7 @@ def _ask(papers: Papers, times: int) -> None:
 
 
 def _client(address: str, insecure: bool) -> Any:
-    """Of the job API. Raises JobError for an address that is none, or that lets anybody run programs."""
+    """Of the job API. Raises JobError for an address that is none, or that lets anybody run programs; NoAnswer."""
     parts = urlsplit(address)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.password:
         shown = address if "@" not in address else f"{parts.scheme}://...@{parts.hostname}"
@@ -192,10 +216,22 @@ def _client(address: str, insecure: bool) -> Any:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     from ray.job_submission import JobSubmissionClient
 
+    class Client(JobSubmissionClient):  # type: ignore[misc]
+        """Ray's own waits for ever for an answer."""
+
+        def _do_request(self, *arguments: Any, **more: Any) -> Any:
+            return super()._do_request(*arguments, **{"timeout": _ANSWER_S, **more})
+
     try:
-        return JobSubmissionClient(address)
+        return Client(address)
     except Exception as error:
-        raise JobError(f"{address} does not answer as a job server: {_line(error)}; {_TOKEN_HELP}") from error
+        kind = NoAnswer if _away(error) else JobError
+        raise kind(f"{address} does not answer as a job server: {_line(error)}; {_TOKEN_HELP}") from error
+
+
+def _away(error: Exception) -> bool:
+    """Whether the cluster, or what is between, is at fault: there is no answer, or none on the matter."""
+    return isinstance(error, OSError) or bool(_AWAY.search(str(error)))
 
 
 def _takes_anybody(address: str) -> bool:
@@ -206,7 +242,7 @@ def _takes_anybody(address: str) -> bool:
     except urllib.error.HTTPError as error:
         return error.code not in (401, 403)
     except OSError as error:
-        raise JobError(f"{address} does not answer: {_line(error)}") from error
+        raise NoAnswer(f"{address} does not answer: {_line(error)}") from error
 
 
 def _loopback(host: str) -> bool:

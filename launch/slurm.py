@@ -5,16 +5,23 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
+import secrets
+import shutil
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
 from perilune.launch import slurm_script
-from perilune.launch.job import Job, JobError, Papers
+from perilune.launch.job import Job, JobError, NoAnswer, Papers
 from perilune.launch.launchers import refuse_second
 from perilune.launch.slurm_script import Placement
 
 _WAIT_S = 60.0  # for an answer of Slurm's
+_ON_ITS_WAY_S = 2.0  # a submission that reached the controller before a question may be taken after it
+# What Slurm's commands say where the controller is away or overloaded.
+_AWAY = re.compile(r"(?i)unable to contact|timed out|zero bytes|standby|temporarily|connection refused")
 _ENDED = {"COMPLETED": "done", "CANCELLED": "cancelled", "TIMEOUT": "failed", "FAILED": "failed", "NODE_FAIL": "failed"}
 
 
@@ -38,12 +45,22 @@ def describe(job: Job, placement: Placement, file: Path) -> str:
     return "\n".join(lines)
 
 
+def check() -> None:
+    """Raises JobError where Slurm's commands are missing, NoAnswer where its controller does not answer."""
+    for name in ("sbatch", "squeue", "scontrol"):
+        if shutil.which(name) is None:
+            raise _missing(name)
+    _slurm(["squeue", "--noheader", "--me", "--format=%i"])
+
+
 def submit(job: Job, placement: Placement, file: Path) -> list[str]:
-    """Write the script and submit it; returns the job numbers. Raises JobError with what Slurm said.
+    """Write the script and submit it; returns the job numbers. Raises JobError with what Slurm said, NoAnswer where it
+    said nothing: the jobs may be taken, and `state` finds them.
 
     Where Slurm takes no job, what is recorded of an earlier launch stays.
     """
-    for one in runs_of(job, placement):
+    runs = runs_of(job, placement)
+    for one in runs:
         refuse_second(Papers(one.run_dir))
     text = slurm_script.script(job, placement, file)
     new = file.with_suffix(".new")
@@ -55,23 +72,33 @@ def submit(job: Job, placement: Placement, file: Path) -> list[str]:
         os.replace(new, file)
     except OSError as error:
         raise JobError(f"{file} cannot be written: {error}") from error
-    kept = _kept([Papers(one.run_dir) for one in (*runs_of(job, placement), job)])
-    for one in runs_of(job, placement):  # before the job can start
-        Papers(one.run_dir).write(one, {"launcher": "slurm", "jobs": []})
-        (Papers(one.run_dir).folder / "outcome").unlink(missing_ok=True)
+    kept = _kept([Papers(one.run_dir) for one in (*runs, job)])
+    mark = f"perilune_{secrets.token_hex(8)}"
     numbers: list[str] = []
+
+    def note(**more: Any) -> None:
+        for index, one in enumerate(runs):
+            names = [f"{number}_{index}" for number in numbers] if placement.sweep else numbers
+            task = {"task": index} if more and placement.sweep else {}
+            Papers(one.run_dir).write(one, {"launcher": "slurm", "jobs": names, **more, **task})
+
+    note(mark=mark)  # before a job can start, or the answer be lost
+    for one in runs:
+        (Papers(one.run_dir).folder / "outcome").unlink(missing_ok=True)
     try:
-        for words in slurm_script.commands(placement, file):
+        for words in slurm_script.commands(placement, file, mark):
             words = [word.replace("afterany:JOB", f"afterany:{numbers[-1]}") if numbers else word for word in words]
             numbers.append(_slurm(words).split(";")[0].strip())
-    finally:
+    except NoAnswer:
+        raise
+    except JobError:
         if numbers:
-            for index, one in enumerate(runs_of(job, placement)):
-                names = [f"{number}_{index}" for number in numbers] if placement.sweep else numbers
-                Papers(one.run_dir).write(one, {"launcher": "slurm", "jobs": names})
+            note()
         else:
             for path, content in kept.items():
                 path.unlink(missing_ok=True) if content is None else path.write_bytes(content)
+        raise
+    note()
     if placement.sweep:  # so that `perilune jobs` can be asked about all of them together
         Papers(job.run_dir).write(job, {"launcher": "slurm", "jobs": numbers})
     return numbers
@@ -84,14 +111,15 @@ def _kept(papers: list[Papers]) -> dict[Path, bytes | None]:
 
 
 def state(where: dict[str, Any]) -> str:
-    """`running`, `pending (REASON)`, `done`, `failed`, ... of its newest job that is not waiting, as Slurm says it."""
-    jobs = [str(number) for number in where.get("jobs", [])]
-    if not jobs:
-        return "not submitted"
+    """`running`, `pending (REASON)`, `done`, `failed`, ... of its newest job that is not waiting, as Slurm says it;
+    `unknown: WHY` where it does not."""
     try:
+        jobs = _jobs(where)
         live = _queue(jobs)
     except JobError as error:
         return f"unknown: {error}"
+    if not jobs:
+        return "not submitted"
     for word in ("RUNNING", "COMPLETING", "PENDING"):
         for _, kind, reason in live:
             if kind == word:
@@ -105,8 +133,8 @@ def state(where: dict[str, Any]) -> str:
 
 def cancel(where: dict[str, Any], now: bool) -> None:
     """Take back what waits, and end what runs: with a checkpoint, or `now`. Raises JobError where nothing is there."""
-    jobs = [str(number) for number in where.get("jobs", [])]
-    live = _queue(jobs) if jobs else []
+    jobs = _jobs(where)
+    live = _queue(jobs)
     if not live:
         raise JobError(f"Slurm has no job {', '.join(jobs) or 'of this run'} that waits or runs; nothing to cancel")
     waiting = [number for number, kind, _ in live if kind in ("PENDING", "REQUEUED")]
@@ -115,6 +143,32 @@ def cancel(where: dict[str, Any], now: bool) -> None:
         _slurm(["scancel", *waiting])
     if running:
         _slurm(["scancel", *([] if now else ["--signal=TERM", "--batch"]), *running])
+
+
+def _jobs(where: dict[str, Any]) -> list[str]:
+    """Numbers of a run's jobs, the oldest first: those recorded, and those whose submission was not answered, or whose
+    submitter was killed before it wrote them down; Slurm knows these by their mark. Raises JobError."""
+    found = {str(number) for number in where.get("jobs", [])}
+    if mark := where.get("mark"):
+        task = where.get("task")
+        marked = _marked(mark)
+        if not marked and not found:
+            time.sleep(_ON_ITS_WAY_S)
+            marked = _marked(mark)
+        found |= {number for number in marked if task is None or number.endswith(f"_{task}")}
+    return sorted(found, key=lambda number: [int(part) for part in re.findall(r"\d+", number)])
+
+
+def _marked(mark: str) -> list[str]:
+    """Numbers of the jobs that were submitted with `mark`: of the queue and what has just left it, or accounted for."""
+    text = _slurm(["squeue", "--noheader", "--me", "--array", "--states=all", "--format=%i|%o"])
+    if mark not in text:
+        words = ["sacct", "--noheader", "--parsable2", "--allocations", "--starttime=now-30days"]
+        try:
+            text = _slurm([*words, "--format=JobID,SubmitLine"])
+        except JobError:  # there is no accounting
+            return []
+    return [line.partition("|")[0] for line in text.splitlines() if mark in line.partition("|")[2]]
 
 
 def _queue(jobs: list[str]) -> list[tuple[str, str, str]]:
@@ -154,15 +208,18 @@ def _slurm(words: list[str]) -> str:
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=_WAIT_S, check=False)
     except FileNotFoundError as error:
-        raise JobError(
-            f"{words[0]} is not here: submit from a host of the cluster, or look at --dry-run anywhere"
-        ) from error
+        raise _missing(words[0]) from error
     except subprocess.TimeoutExpired as error:
-        raise JobError(f"{words[0]} gave no answer within {_WAIT_S:g} s: ask `sinfo` whether Slurm is up") from error
+        raise NoAnswer(f"{words[0]} gave no answer within {_WAIT_S:g} s: ask `sinfo` whether Slurm is up") from error
     if done.returncode != 0:
         said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
-        raise JobError(f"{words[0]}: {said}")
+        kind = NoAnswer if done.returncode < 0 or _AWAY.search(said) else JobError
+        raise kind(f"{words[0]}: {said}")
     return done.stdout
+
+
+def _missing(command: str) -> JobError:
+    return JobError(f"{command} is not here: submit from a host of the cluster, or look at --dry-run anywhere")
 
 
 def record(job: Job, placement: Placement, file: Path, numbers: list[str]) -> str:

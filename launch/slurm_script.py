@@ -199,11 +199,12 @@ def script(job: Job, placement: Placement, file: Path) -> str:
     )
 
 
-def commands(placement: Placement, file: Path) -> list[list[str]]:
-    """The sbatch commands; `JOB` stands for the number that the one before it gave."""
-    found = [["sbatch", "--parsable", str(file)]]
+def commands(placement: Placement, file: Path, mark: str = "MARK") -> list[list[str]]:
+    """The sbatch commands; `JOB` stands for the number that the one before it gave, `mark` for what no other submission
+    has, so that its jobs are found where the number is not told."""
+    found = [["sbatch", "--parsable", str(file), "first", mark]]
     for _ in range(1, placement.chain):
-        found.append(["sbatch", "--parsable", "--dependency=afterany:JOB", str(file), "continue"])
+        found.append(["sbatch", "--parsable", "--dependency=afterany:JOB", str(file), "continue", mark])
     return found
 
 

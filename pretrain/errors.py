@@ -8,6 +8,10 @@ class InputError(ValueError):
     """Bad input of the user: the message holds the values, the rule and the remedy. Exit code 2."""
 
 
+class Unanswered(InputError):
+    """A cluster does not answer: nothing is wrong with what was asked, and later it may do."""
+
+
 def make_folder(path: Path) -> None:
     """Make the folder `path`, and those above it. Raises InputError where it cannot be made or written."""
     try:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from perilune.launch.job import Job, JobError, Papers
+from perilune.launch.job import Job, JobError, NoAnswer, Papers
 from perilune.pretrain import config as configs
 from perilune.pretrain import rules
-from perilune.pretrain.errors import InputError
+from perilune.pretrain.errors import InputError, Unanswered
 from perilune.pretrain.schema import Config
 from perilune.pretrain.start import Start, run_dir_of
 
@@ -46,6 +46,11 @@ def asked(arguments: tuple[str, ...]) -> Asked:
     words += ["--config", str(params["config_file"].resolve())] if params["config_file"] else []
     words += [*start.words(), *(["--profile"] if params["profile"] else [])]
     return Asked(tuple(words), run_dir, config, start)
+
+
+def told(error: JobError) -> InputError:
+    """The same, of this package."""
+    return Unanswered(str(error)) if isinstance(error, NoAnswer) else InputError(str(error))
 
 
 def job_of(given: Asked, *, nodes: tuple[int, int], procs_per_node: int, options: dict[str, Any], **more: Any) -> Job:
@@ -89,7 +94,7 @@ def _fits(config: Config, world: int) -> bool:
 
 
 def launch_local(**options: Any) -> int:
-    """`perilune launch local`; returns the exit code."""
+    """`perilune launch local`; returns the exit code. Raises InputError."""
     from perilune.launch import local
     from perilune.pretrain import train_command as here
 
@@ -115,7 +120,7 @@ def launch_local(**options: Any) -> int:
 
 
 def launch_slurm(**options: Any) -> int:
-    """`perilune launch slurm`; returns the exit code."""
+    """`perilune launch slurm`; returns the exit code. Raises InputError, Unanswered."""
     from perilune.launch import slurm, slurm_script
     from perilune.pretrain import train_command as here
 
@@ -158,7 +163,7 @@ def launch_slurm(**options: Any) -> int:
             here.check_data_if_seen(config)
         numbers = slurm.submit(job, placement, file)
     except JobError as error:
-        raise InputError(str(error)) from error
+        raise told(error) from error
     if options["as_json"]:
         print(slurm.record(job, placement, file, numbers))
     else:
@@ -175,7 +180,7 @@ def _check_sweep(runs: list[Job], world: int) -> None:
 
 
 def launch_ray(**options: Any) -> int:
-    """`perilune launch ray`; returns the exit code."""
+    """`perilune launch ray`; returns the exit code. Raises InputError, Unanswered."""
     from perilune.launch import ray_jobs
     from perilune.pretrain import train_command as here
 
@@ -196,7 +201,7 @@ def launch_ray(**options: Any) -> int:
             here.check_data_if_seen(config)
         code = ray_jobs.run(job, address, insecure=options["insecure"], wait=options["wait"])
     except JobError as error:
-        raise InputError(str(error)) from error
+        raise told(error) from error
     if options["as_json"]:
         _, where = Papers(job.run_dir).read()
         print(json.dumps({"job": json.loads(job.to_json()), "where": where, "code": code}))

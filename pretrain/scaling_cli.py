@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -13,7 +14,7 @@ POSITIVE = click.FloatRange(min=0, min_open=True)
 
 
 @click.command(short_help="Many small runs at chosen budgets of compute: the trials that laws are fitted to.")
-@click.argument("ladder", metavar="LADDER.yaml", type=FILE_THERE)
+@click.argument("file", metavar="LADDER.yaml", type=FILE_THERE)
 @click.argument("options", metavar="[-- LAUNCH_OPTION...]", nargs=-1, type=click.UNPROCESSED)
 @click.option(
     "--out", type=FOLDER, required=True, metavar="DIR", help="One that holds this sweep already is continued."
@@ -48,19 +49,7 @@ POSITIVE = click.FloatRange(min=0, min_open=True)
 @click.option("--dry-run", is_flag=True, help="Print every trial with its cost; start nothing.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of tables.")
 @click.pass_context
-def sweep(
-    ctx: click.Context,
-    ladder: Path,
-    options: tuple[str, ...],
-    out: Path,
-    on: str,
-    at_once: int,
-    retries: int,
-    retry_failed: bool,
-    rate: float | None,
-    dry_run: bool,
-    as_json: bool,
-) -> None:
+def sweep(ctx: click.Context, **options: Any) -> None:
     """Train models of several sizes at each of several budgets of compute C, with learning rates and batch sizes around
     a law, and write what `perilune fit DIR` reads.
 
@@ -86,20 +75,7 @@ def sweep(
     """
     from perilune.pretrain.scaling.sweep_command import sweep_command
 
-    ctx.exit(
-        sweep_command(
-            ladder,
-            out,
-            on,
-            options,
-            at_once=at_once,
-            retries=retries,
-            retry_failed=retry_failed,
-            rate=rate,
-            dry_run=dry_run,
-            as_json=as_json,
-        )
-    )
+    ctx.exit(sweep_command(**options))
 
 
 @click.command(short_help="Scaling laws of trials: best size, tokens and learning rate for any compute.")
@@ -109,7 +85,7 @@ def sweep(
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the draws behind the intervals.")
 @click.option("--json", "as_json", is_flag=True, help="Print fit.json instead of a table.")
 @click.pass_context
-def fit(ctx: click.Context, paths: tuple[Path, ...], out: Path, mixed: bool, seed: int, as_json: bool) -> None:
+def fit(ctx: click.Context, **options: Any) -> None:
     """Fit scaling laws to training runs: IsoFLOP minima and their power laws, L(N, D) = E + A/N^alpha + B/D^beta, the
     best learning rate and batch size over compute, and loss over compute, each constant with a 95% interval.
 
@@ -123,7 +99,7 @@ def fit(ctx: click.Context, paths: tuple[Path, ...], out: Path, mixed: bool, see
     """
     from perilune.pretrain.scaling.fit_command import fit_command
 
-    ctx.exit(fit_command(paths, out, mixed=mixed, seed=seed, as_json=as_json))
+    ctx.exit(fit_command(**options))
 
 
 @click.command(short_help="Model, tokens, batch and learning rate for a budget, from a fit.")
@@ -150,19 +126,7 @@ def fit(ctx: click.Context, paths: tuple[Path, ...], out: Path, mixed: bool, see
 @click.option("--preset", metavar="NAME", help="What --out is made from, its layers and width scaled.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of a table.")
 @click.pass_context
-def predict(
-    ctx: click.Context,
-    fit_json: Path,
-    overrides: tuple[str, ...],
-    compute: float | None,
-    gpus: int | None,
-    gpu: str | None,
-    days: float | None,
-    mfu: float,
-    out: Path | None,
-    preset: str | None,
-    as_json: bool,
-) -> None:
+def predict(ctx: click.Context, **options: Any) -> None:
     """Say what FIT.json, of `perilune fit`, holds best for C FLOPs: the model's size, tokens, tokens a batch, learning
     rate and loss, each with its 95% interval, and a warning where C lies beyond the trials.
 
@@ -176,17 +140,4 @@ def predict(
     """
     from perilune.pretrain.scaling.predict_command import predict_command
 
-    ctx.exit(
-        predict_command(
-            fit_json,
-            overrides,
-            compute=compute,
-            gpus=gpus,
-            gpu=gpu,
-            days=days,
-            mfu=mfu,
-            out=out,
-            preset=preset,
-            as_json=as_json,
-        )
-    )
+    ctx.exit(predict_command(**options))

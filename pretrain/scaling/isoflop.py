@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -49,6 +50,12 @@ class Profile:
         low, high = self.log_size_n.min(), self.log_size_n.max()
         return bool(2 * low - high <= self.log_best <= 2 * high - low and self.least > 0)  # False for nan
 
+    @cached_property
+    def untouched(self) -> np.ndarray:
+        """Of each trial [n] the part of its residual that the parabola has not followed."""
+        powers = np.vander(self.log_size_n - self.middle, 3)
+        return np.asarray(np.maximum(1 - np.einsum("ij,ji->i", powers, np.linalg.pinv(powers)), 1e-3))
+
     def fitted(self) -> np.ndarray:
         """The parabola at the trials [n]."""
         return np.asarray(np.polyval(self.curve, self.log_size_n - self.middle))
@@ -80,9 +87,7 @@ def parabola(compute: float, log_size_n: np.ndarray, loss_n: np.ndarray) -> Prof
 def resample(found: Profile, rng: np.random.Generator) -> Profile:
     """The same trials with other noise: each residual, as large as it would be without the fit having followed it, with
     a random sign (the wild bootstrap of Liu 1988, HC3 of MacKinnon and White 1985)."""
-    powers = np.vander(found.log_size_n - found.middle, 3)
-    hat_n = np.einsum("ij,ji->i", powers, np.linalg.pinv(powers))
-    residual_n = (found.loss_n - found.fitted()) / np.maximum(1 - hat_n, 1e-3)
+    residual_n = (found.loss_n - found.fitted()) / found.untouched
     signs_n = rng.choice([-1.0, 1.0], len(residual_n))
     return parabola(found.compute, found.log_size_n, found.fitted() + residual_n * signs_n)
 

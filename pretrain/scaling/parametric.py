@@ -10,7 +10,6 @@ from itertools import product
 
 import numpy as np
 from scipy.optimize import least_squares
-from scipy.special import logsumexp, softmax
 
 from perilune.pretrain.errors import InputError
 from perilune.pretrain.scaling.laws import NAMES
@@ -91,14 +90,21 @@ class _Problem:
         e, a, b, alpha, beta = x
         return np.array([*np.exp([e, a + alpha * self._middle[0], b + beta * self._middle[1]]), alpha, beta])
 
-    def _terms(self, x: np.ndarray) -> np.ndarray:  # [3, n]
-        return np.stack(np.broadcast_arrays(x[0], x[1] - x[3] * self._size_n, x[2] - x[4] * self._tokens_n))
+    def _terms(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Logarithms of the greatest term [n]; the terms over it [3, n]. scipy's logsumexp takes several times as long
+        for so few trials, and a fit is little else."""
+        found = np.empty((3, len(self._loss_n)))
+        found[0], found[1], found[2] = x[0], x[1] - x[3] * self._size_n, x[2] - x[4] * self._tokens_n
+        most_n = found.max(axis=0)
+        return most_n, np.exp(found - most_n)
 
     def _off(self, x: np.ndarray) -> np.ndarray:
-        return np.asarray(logsumexp(self._terms(x), axis=0)) - self._loss_n
+        most_n, terms = self._terms(x)
+        return np.asarray(np.log(terms.sum(axis=0)) + most_n - self._loss_n)
 
     def _slope(self, x: np.ndarray) -> np.ndarray:
-        parts = softmax(self._terms(x), axis=0)
+        _, terms = self._terms(x)
+        parts = terms / terms.sum(axis=0)
         return np.stack([*parts, -parts[1] * self._size_n, -parts[2] * self._tokens_n], axis=1)
 
     def cost(self, x: np.ndarray) -> float:

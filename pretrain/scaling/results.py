@@ -153,7 +153,8 @@ class Book:
         self._trials = {trial.name: trial for trial in trials}
         self._ladder: dict[str, Any] = {"trials": {trial.name: list(trial.words) for trial in trials}, **known}
         self.rows: dict[str, dict[str, str]] = {}
-        if (folder / "ladder.json").exists():
+        self.begun = (folder / "ladder.json").exists()
+        if self.begun:
             self._same_ladder()
             self.rows = self._read()
         elif (folder / "trials.csv").exists():

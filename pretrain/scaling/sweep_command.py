@@ -11,10 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from perilune.pretrain.errors import Unanswered
 from perilune.pretrain.scaling import ladder as ladders
 from perilune.pretrain.scaling import results
 from perilune.pretrain.scaling.ladder import Planned, short
-from perilune.pretrain.scaling.places import place
+from perilune.pretrain.scaling.places import Silence, place
 from perilune.pretrain.scaling.results import Book, Outcome, Pace
 from perilune.pretrain.scaling.sweep import Sweep
 
@@ -24,10 +25,9 @@ _AGO_SHOWN = 8  # trials that have ended, the newest, in the live table
 
 def sweep_command(
     file: Path,
+    options: Sequence[str],
     out: Path,
     on: str,
-    options: Sequence[str],
-    *,
     at_once: int,
     retries: int,
     retry_failed: bool,
@@ -35,7 +35,7 @@ def sweep_command(
     dry_run: bool,
     as_json: bool,
 ) -> int:
-    """Run the ladder `file` in `out`, or show it; returns the exit code. Raises InputError."""
+    """Run the ladder `file` in `out`, or show it; returns the exit code. Raises InputError, Unanswered."""
     ladder = ladders.read_ladder(file)
     where = place(on, options, ladders.base_of(ladder), at_once, retries)
     trials = ladders.plan(ladder, where.world, data_there=on == "local" and not dry_run)
@@ -44,15 +44,24 @@ def sweep_command(
         pace = book.pace(rate)
         print(_as_json(trials, book, pace) if as_json else _table(trials, book, pace, at_once))
         return 0
-    book.begin()
-    with book.alone(), _asked() as asked:
-        if retry_failed:
-            book.forget_failed()
-        show = _Lines(trials, book) if as_json or not sys.stdout.isatty() else _Live(trials, book, rate, at_once)
-        with show:
-            sweep = Sweep(trials, book, where, show, asked)
-            sweep.run()
-    return _conclude(trials, book, as_json, [trial.name for trial, *_ in sweep.going.values()], asked())
+    away = None
+    with _asked() as asked:
+        if retry_failed or not all(map(book.state, trials)):
+            try:
+                where.check(trials[0], book.run_dir(trials[0]))
+            except Unanswered as error:
+                if not book.begun:
+                    raise
+                away = Silence(where.who, str(error))  # it may have been given trials, and is waited for
+        book.begin()
+        with book.alone():
+            if retry_failed:
+                book.forget_failed()
+            show = _Lines(trials, book) if as_json or not sys.stdout.isatty() else _Live(trials, book, rate, at_once)
+            with show:
+                sweep = Sweep(trials, book, where, show, asked, away)
+                sweep.run()
+    return _conclude(trials, book, as_json, sweep.left, asked())
 
 
 def _conclude(trials: Sequence[Planned], book: Book, as_json: bool, going: Sequence[str], stopped: bool) -> int:
@@ -143,6 +152,18 @@ def _asked() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
+def _silent(silence: Silence) -> str:
+    since = time.strftime("%H:%M:%S", time.localtime(silence.since))
+    return (
+        f"{silence.who} does not answer since {since} ({silence.said}): it is waited for, as its trials may run; if it "
+        "is gone for good, stop this sweep and remove launch/where.json of its runs"
+    )
+
+
+def _back(silence: Silence) -> str:
+    return f"{silence.who} answers again, after {_time(time.time() - silence.since)}"
+
+
 class _Lines:
     """A line for each start and end, where there is no terminal."""
 
@@ -162,6 +183,12 @@ class _Lines:
         told = f"loss {found.loss:.4f}" if found.state == "done" else found.why
         more = "; it is launched again" if again else ""
         self._say(f"{trial.name}: {found.state}, {told}, {_time(seconds)}{more} ({ended} of {self._count})")
+
+    def silent(self, silence: Silence) -> None:
+        self._say(_silent(silence))
+
+    def back(self, silence: Silence) -> None:
+        self._say(_back(silence))
 
     def look(self, sweep: Sweep) -> None:
         del sweep
@@ -197,7 +224,13 @@ class _Live:
         if found.state in ("done", "failed"):
             self._finished.append(trial.name)
         elif again:
-            self._live.console.print(f"{trial.name}: {found.why}; it is launched again")
+            self._live.console.print(f"{trial.name}: {found.why}; it is launched again", markup=False)
+
+    def silent(self, silence: Silence) -> None:
+        self._live.console.print(_silent(silence), soft_wrap=True, markup=False)
+
+    def back(self, silence: Silence) -> None:
+        self._live.console.print(_back(silence), soft_wrap=True, markup=False)
 
     def look(self, sweep: Sweep) -> None:
         now = time.monotonic()
@@ -216,8 +249,8 @@ class _Live:
             entry = results.progress(going.run_dir)
             loss = f"{entry['loss']:.4f}" if entry.get("loss") else ""
             step = f"{entry.get('step', 0)}/{trial.steps}"
-            table.add_row(trial.name, "[bold]running[/bold]" if entry else "starting", step, loss,
-                          _time(time.monotonic() - going.began))  # fmt: skip
+            state = "[red]no answer[/red]" if going.silent else "[bold]running[/bold]" if entry else "starting"
+            table.add_row(trial.name, state, step, loss, _time(time.monotonic() - going.began))
         rows = self._book.rows
         bad = [name for name, row in rows.items() if row["state"] == "failed"]
         for name in [*bad, *[name for name in reversed(self._finished) if name not in bad][:_AGO_SHOWN]]:

@@ -14,12 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import slurm_cluster
 from launched_runs import STEPS, metrics, train
 
 from perilune.launch import slurm_script
-from perilune.launch.job import Job, JobError
+from perilune.launch.job import Job, JobError, Papers
 from perilune.launch.slurm_script import Placement, Site
 
 GOLDEN = Path(__file__).with_name("golden")
@@ -242,6 +243,61 @@ def test_a_stopped_rank_is_noticed_and_cancel_ends_with_a_checkpoint(
     assert (run / "checkpoints" / f"step_{at:08d}").is_dir()
     last = {entry["step"]: entry for entry in metrics(run)}
     assert [last[step] for step in sorted(last)][:STEPS] == whole[:at]
+
+
+def held(run: Path, packed: Path) -> list[str]:
+    """A launch whose job waits."""
+    site = run.parent / "site.yaml"
+    site.write_text("sbatch: {hold: true, comment: ours}\n")
+    command = [str(Path(sys.executable).with_name("perilune")), "launch", "slurm", "--site", str(site)]
+    return [*command, "--", *train(packed), "--run", str(run)]
+
+
+@pytest.mark.parametrize("death", ["kill -9 $PPID", "kill -9 $$"])
+def test_a_job_whose_number_nobody_was_told_is_found_and_not_submitted_again(
+    slurm: slurm_cluster.Cluster, packed: Path, tmp_path: Path, death: str
+) -> None:
+    """Launcher or sbatch are killed as soon as Slurm has taken the job, which waits."""
+    run = tmp_path / "run"
+    command = held(run, packed)
+    env = slurm.env | {"PATH": slurm_cluster.losing(tmp_path / "bin", death)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == (2 if "$$" in death else -signal.SIGKILL), done
+    (job,) = (tmp_path / "bin" / "lost").read_text().split()
+    again = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
+    assert again.returncode == 2 and "is being trained already, by slurm's job" in again.stderr, again
+    assert slurm("squeue", "--noheader", "--states=PENDING", "--format=%i").split() == [job]
+    assert json.loads(perilune_on(slurm, "jobs", "status", "--json", str(run)))["state"] == "pending (JobHeldUser)"
+    perilune_on(slurm, "jobs", "cancel", str(run))
+    assert slurm.state(job) == "CANCELLED"
+
+
+def test_a_controller_that_does_not_answer_takes_no_second_job(
+    slurm: slurm_cluster.Cluster, packed: Path, tmp_path: Path
+) -> None:
+    """It is stopped while it has the submission, and wakes up after the launcher was killed."""
+    run = tmp_path / "run"
+    command = held(run, packed)
+    control = slurm.daemons["slurmctld"]
+    control.send_signal(signal.SIGSTOP)
+    try:
+        launcher = subprocess.Popen(command, env=slurm.env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 60
+        where = Papers(run).where
+        while not (where.exists() and psutil.Process(launcher.pid).children()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        time.sleep(2)  # until sbatch has asked
+        sbatch = psutil.Process(launcher.pid).children()
+        assert [one.name() for one in sbatch] == ["sbatch"]
+        for one in (launcher, *sbatch):
+            one.kill()
+        launcher.wait(10)
+    finally:
+        control.send_signal(signal.SIGCONT)
+    again = subprocess.run(command, env=slurm.env, capture_output=True, text=True, timeout=100, check=False)
+    jobs = slurm("squeue", "--noheader", "--states=PENDING", "--format=%i").split()
+    assert len(jobs) == 1, (jobs, again)
+    perilune_on(slurm, "jobs", "cancel", str(run))
 
 
 def test_an_array_of_two_with_a_gpu_each_rank(slurm: slurm_cluster.Cluster, tmp_path: Path) -> None:

@@ -180,7 +180,7 @@ def test_noise_that_hides_everything_is_told_and_written() -> None:
     told = []
     for seed in range(12):
         given = [t for t in trials(0.02, seed, wide=1.5, count=5) if t.compute < COMPUTES[3] * 1.1]
-        found = fit(Trials(tuple(given)), draws=20)
+        found = fit(Trials(tuple(given)), draws=10)
         json.dumps(found.to_dict(), allow_nan=False)
         told += [warning for warning in found.warnings if "told from noise" in warning]
     assert told

@@ -165,6 +165,21 @@ def test_a_dry_run_prints_every_trial_with_its_cost(here: Path, perilune: Any) -
         assert re.search(message, bad.stderr), (message, bad.stderr)
 
 
+def test_what_no_trial_could_be_launched_with_is_refused_before_the_first(here: Path, perilune: Any) -> None:
+    (here / "ladder.yaml").write_text(BASE)
+    (here / "nothing").mkdir()
+    for words, message in (
+        (["slurm"], "sbatch is not here"),
+        (["slurm", "--", "--time", "5"], r"--time '5': write it as"),
+        (["ray", "--", "--address", "ftp://head"], "--address ftp://head: the job server"),
+        (["ray", "--", "--address", "http://127.0.0.1:9"], "http://127.0.0.1:9 does not answer"),
+    ):
+        bad = perilune("sweep", "ladder.yaml", "--out", "sweep", "--on", *words, PATH=str(here / "nothing"))
+        assert bad.returncode == 2 and bad.stderr.count("\n") == 1, (words, bad)
+        assert re.search(message, bad.stderr), (message, bad.stderr)
+        assert not (here / "sweep").exists()
+
+
 def test_help_and_dry_run_wait_for_nothing(here: Path, perilune: Any) -> None:
     (here / "ladder.yaml").write_text(BASE)
     code = """

@@ -1,18 +1,21 @@
-"""A sweep of twelve trials on a real Ray cluster with tokens, killed half way and continued; none runs twice."""
+"""A sweep of twelve trials on a real Ray cluster with tokens, killed half way and continued while the cluster cannot be
+reached; none runs twice."""
 
 from __future__ import annotations
 
 import csv
 import json
+import signal
 import subprocess
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from forwarder import Forwarder
 from ray_nodes import ENV, PERILUNE, TOKEN, Nodes
 
 from perilune.pretrain.scaling.fit import fit
@@ -55,50 +58,71 @@ def jobs(cluster: Nodes) -> list[dict[str, Any]]:
         return [job for job in json.load(answer) if job["submission_id"]]
 
 
-def start(ladder: Path, folder: Path, cluster: Nodes) -> subprocess.Popen[str]:
-    words = [
-        "sweep",
-        str(ladder),
-        "--out",
-        str(folder),
-        "--on",
-        "ray",
-        "--at-once",
-        "3",
-        "--",
-        "--address",
-        cluster.address,
-    ]
+def start(ladder: Path, folder: Path, port: int, env: dict[str, str] = ENV) -> subprocess.Popen[str]:
+    words = ["sweep", str(ladder), "--out", str(folder), "--on", "ray", "--at-once", "3"]
     return subprocess.Popen(
-        [PERILUNE, *words],
-        env=ENV,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+        [PERILUNE, *words, "--", "--address", f"http://127.0.0.1:{port}"],
+        env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def until(what: Callable[[], Any], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 180
+    while not what():
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            raise AssertionError(process.communicate())
+        time.sleep(0.1)
+
+
+def reads(word: str, process: subprocess.Popen[str]) -> str:
+    """What it has said up to a line with `word`."""
+    said = ""
+    assert process.stdout is not None
+    for line in process.stdout:
+        said += line
+        if word in line:
+            return said
+    raise AssertionError(said)
 
 
 @pytest.mark.timeout(400)
 def test_twelve_trials_killed_half_way_and_continued(cluster: Nodes, packed: Path, tmp_path: Path) -> None:
     ladder, folder = tmp_path / "ladder.yaml", tmp_path / "sweep"
     ladder.write_text(LADDER % packed)
-    first = start(ladder, folder, cluster)
-    deadline = time.monotonic() + 180
-    while len(rows(folder)) < 5:
-        if first.poll() is not None or time.monotonic() > deadline:
-            first.kill()
-            raise AssertionError(first.communicate())
-        time.sleep(0.1)
+    between = Forwarder(int(cluster.address.rpartition(":")[2]))
+    between.lose = b"POST /api/jobs/"  # the first job's, which is taken
+    first = start(ladder, folder, between.port)
+    until(lambda: len(rows(folder)) >= 5, first)
+    assert between.lose == b""
     whole = [psutil.Process(first.pid), *psutil.Process(first.pid).children(recursive=True)]
     for process in whole:  # the jobs are the cluster's, and go on
         process.kill()
     first.communicate()
     before = rows(folder)
     assert 5 <= len(before) < 12 and {row["state"] for row in before.values()} == {"done"}
-    again = start(ladder, folder, cluster)
-    said, _ = again.communicate(timeout=150)
+
+    between.close()
+    second = start(ladder, folder, between.port)
+    said = reads("does not answer since", second)
+    second.send_signal(signal.SIGINT)
+    more, _ = second.communicate(timeout=10)
+    assert second.returncode == 75 and rows(folder) == before, said + more
+    without = {key: value for key, value in ENV.items() if not key.startswith("RAY_AUTH")}
+    real = int(cluster.address.rpartition(":")[2])
+    for port, env, word in ((between.port, ENV, "does not answer"), (real, without, "RAY_AUTH_TOKEN")):
+        refused = start(ladder, tmp_path / "fresh", port, env)
+        said, _ = refused.communicate(timeout=60)
+        assert refused.returncode == 2 and said.count("\n") == 1 and word in said, said
+        assert not (tmp_path / "fresh").exists()
+
+    again = start(ladder, folder, between.port)
+    said = reads("does not answer since", again)
+    between.open()
+    more, _ = again.communicate(timeout=150)
+    said += more
     assert again.returncode == 0 and "12 of 12 trials done" in said, said
+    assert said.count("does not answer since") == said.count("answers again") == 1, said
     after = rows(folder)
     assert len(after) == 12 and all(after[name] == row for name, row in before.items())
     assert len(jobs(cluster)) == 12 and {job["status"] for job in jobs(cluster)} == {"SUCCEEDED"}

@@ -124,6 +124,7 @@ GresTypes=gpu
 ReturnToService=2
 SlurmdTimeout=10
 KillWait=5
+MessageTimeout=5
 SwitchType=switch/none
 MpiDefault=none
 SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=0
@@ -153,6 +154,16 @@ PartitionName=test Nodes=ALL Default=YES MaxTime=INFINITE State=UP
             made.stop(name)
         lines = [line for line in _HOSTS.read_text().splitlines() if line not in [f"127.0.0.1 {n}" for n in NODES]]
         _HOSTS.write_text("\n".join(lines) + "\n")
+
+
+def losing(folder: Path, death: str) -> str:
+    """PATH with an sbatch whose first number nobody is told: the job is taken, then it runs `death`."""
+    folder.mkdir()
+    script = folder / "sbatch"
+    real = shutil.which("sbatch")
+    script.write_text(f'#!/bin/bash\n[ ! -e {folder}/lost ] || exec {real} "$@"\n{real} "$@" >{folder}/lost\n{death}\n')
+    script.chmod(0o755)
+    return f"{folder}:{os.environ['PATH']}"
 
 
 def _idle(made: Cluster) -> bool:
