@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+FILE_THERE = click.Path(dir_okay=False, exists=True, path_type=Path)
 FOLDER = click.Path(file_okay=False, path_type=Path)
 FOLDER_THERE = click.Path(file_okay=False, exists=True, path_type=Path)
 

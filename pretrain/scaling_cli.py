@@ -7,9 +7,8 @@ from typing import Any
 
 import click
 
-from perilune.pretrain.data_cli import FOLDER
+from perilune.pretrain.data_cli import FILE_THERE, FOLDER
 
-FILE_THERE = click.Path(dir_okay=False, exists=True, path_type=Path)
 POSITIVE = click.FloatRange(min=0, min_open=True)
 
 
