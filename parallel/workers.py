@@ -19,6 +19,8 @@ from multiprocessing.connection import Connection, wait
 from types import TracebackType
 from typing import Any
 
+from perilune.parallel import late_compile
+
 
 class WorkerError(RuntimeError):
     """A function failed in some process; the message holds its rank and traceback."""
@@ -118,6 +120,7 @@ def _serve(pipe: Connection, timeout_s: float) -> None:
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    late_compile.import_megatron_core()  # before `recv`, which imports it with the function that it gets
     while True:
         try:
             rank, world, port, function, arguments = pipe.recv()

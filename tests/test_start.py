@@ -52,7 +52,7 @@ def test_a_training_process_starts_without_the_compiler() -> None:
     """And without this, Megatron-core imports it: if not, `parallel/late_compile.py` has become needless."""
     compilers = ("torch._inductor.compile_fx", "torch._dynamo.convert_frame")
     late = "from perilune.parallel.late_compile import import_megatron_core as late; late()\n"
-    check = "import torch; assert torch.compile.__module__ == 'torch'\n"
+    check = "import gc, torch; assert torch.compile.__module__ == 'torch' and gc.isenabled()\n"
     assert imported(f"{late}import perilune.pretrain.run\n{check}", "megatron.core", *compilers) == ["megatron.core"]
     assert imported("import megatron.core.models.gpt", *compilers) == list(compilers)
 

@@ -24,7 +24,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_resume_over_two_one_and_four_ranks(workers: Workers, dataset: Path, tmp_path: Path) -> None:
     data = schema.Data(path=str(dataset), seq_len=SEQ_LEN)
-    straight = workers.run(1, data_ranks.train, data, tmp_path / "straight", 7, 1)[0]
+    straight = workers.run(1, data_ranks.train, data, tmp_path / "straight", 7, 4)[0]
     parts = [
         workers.run(ranks, data_ranks.train, data, tmp_path / "resumed", steps, size)
         for ranks, steps, size in ((2, 3, 1), (1, 2, 4), (4, 2, 2))
@@ -41,7 +41,6 @@ def test_resume_over_two_one_and_four_ranks(workers: Workers, dataset: Path, tmp
 
 def test_ranks_agree_on_damaged_rows(workers: Workers, dataset: Path, tmp_path: Path) -> None:
     """Rows damaged in two shards are replaced by the same rule on one rank and on two, and stay so after a resume."""
-    whole = workers.run(1, data_ranks.train, schema.Data(path=str(dataset), seq_len=SEQ_LEN), tmp_path / "w", 2, 1)[0]
     for shard, at in ((dataset / "shard-000000.tar", 5000), (dataset / "shard-000002.tar", 20000)):
         content = bytearray(shard.read_bytes())
         content[at] ^= 1
@@ -52,18 +51,18 @@ def test_ranks_agree_on_damaged_rows(workers: Workers, dataset: Path, tmp_path: 
             (tmp_path / "damaged" / file.name).symlink_to(file)
     data = schema.Data(path=str(tmp_path / "damaged"), seq_len=SEQ_LEN, on_damage="quarantine", quarantine_limit=2)
     steps = 8  # of 16 rows: more than an epoch, so that both damaged rows are met
-    one = workers.run(1, data_ranks.train, data, tmp_path / "one", steps, 1)[0]
-    workers.run(2, data_ranks.train, data, tmp_path / "two", steps - 3, 1)
+    one = workers.run(1, data_ranks.train, data, tmp_path / "one", steps, 8)[0]
+    workers.run(2, data_ranks.train, data, tmp_path / "two", steps - 3, 4)
     two = workers.run(2, data_ranks.train, data, tmp_path / "two", 3, 2)
     assert two[0] == two[1]
     assert two[0]["state"] == one["state"] and two[0]["ids"] == one["ids"][-3:]
     met = one["state"]["quarantine"]
     assert len(met) == 2 and all("CRC-32" in entry["reason"] for entry in met)
-    assert one["state"]["samples"] == steps * 16 and whole["losses"][0] > 0
+    assert one["state"]["samples"] == steps * 16
     few = schema.Data(path=str(tmp_path / "damaged"), seq_len=SEQ_LEN, on_damage="quarantine", quarantine_limit=1)
-    refused = workers.run(2, data_ranks.train, few, tmp_path / "few", steps, 1)
+    refused = workers.run(2, data_ranks.train, few, tmp_path / "few", steps, 8)
     assert all("data.quarantine_limit=1" in result["error"] for result in refused)
-    stopped = workers.run(1, data_ranks.train, schema.Data(path=data.path, seq_len=SEQ_LEN), tmp_path / "s", steps, 1)
+    stopped = workers.run(1, data_ranks.train, schema.Data(path=data.path, seq_len=SEQ_LEN), tmp_path / "s", steps, 8)
     assert "CRC-32" in stopped[0]["error"] and "shard-00000" in stopped[0]["error"]
 
 
