@@ -84,7 +84,7 @@ def test_a_sound_cluster_is_measured_in_full(started: Processes, tmp_path: Path)
 
 
 def test_a_slow_rank_and_another_version_are_named(started: Processes, tmp_path: Path) -> None:
-    """Rank 3 is stopped nine tenths of the time while products are measured, and finds another Megatron-core first."""
+    """Rank 3 is stopped most of the time while products are measured, and finds another Megatron-core first."""
     other = tmp_path / "other" / "megatron_core-0.19.77.dist-info"
     other.mkdir(parents=True)
     (other / "METADATA").write_text("Metadata-Version: 2.1\nName: megatron-core\nVersion: 0.19.77\n")
@@ -96,7 +96,7 @@ def test_a_slow_rank_and_another_version_are_named(started: Processes, tmp_path:
     def stutter() -> None:
         while not over.is_set():
             started[3].send_signal(signal.SIGSTOP)
-            time.sleep(0.09)
+            time.sleep(0.3)  # on a busy machine the other ranks go slowly too, and a sleep takes longer than asked
             started[3].send_signal(signal.SIGCONT)
             time.sleep(0.01)
 
