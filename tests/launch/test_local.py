@@ -204,6 +204,8 @@ else:
 (here / f"up_{attempt}_{rank}").write_text(str(os.getpid()))
 print("rank", rank, "of", os.environ["WORLD_SIZE"], "with $HOME ${local_rank}", flush=True)
 if MODE == "first fails" and attempt == "0" and rank == "1":
+    while not (here / "up_0_0").exists():  # it could not be asked to end before
+        time.sleep(0.02)
     sys.exit(7)
 while not (here / "end").exists():
     time.sleep(0.02)
