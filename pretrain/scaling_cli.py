@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,18 @@ import click
 
 from perilune.pretrain.data_cli import FILE_THERE, FOLDER
 
-POSITIVE = click.FloatRange(min=0, min_open=True)
+
+class _Positive(click.FloatRange):
+    """Above 0 and finite: a comparison lets nan through."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not finite.", param, ctx)
+        return number
+
+
+POSITIVE = _Positive(min=0, min_open=True)
 
 
 @click.command(short_help="Many small runs at chosen budgets of compute: the trials that laws are fitted to.")
@@ -110,7 +122,7 @@ def fit(ctx: click.Context, **options: Any) -> None:
 @click.option("--days", type=POSITIVE, metavar="D")
 @click.option(
     "--mfu",
-    type=click.FloatRange(0, 1, min_open=True),
+    type=_Positive(0, 1, min_open=True),
     default=0.4,
     show_default=True,
     metavar="X",

@@ -34,8 +34,8 @@ def fit_command(paths: Sequence[Path], out: Path, *, mixed: bool = False, seed: 
     file = out / "fit.json"
     if file.exists():
         raise InputError(f"{file} is there already and is never written over; name another folder with --out")
-    make_folder(out)  # before the time that fitting takes
     trials = read_csv([path / "trials.csv" if path.is_dir() else path for path in paths], mixed)
+    make_folder(out)  # before the time that fitting takes
     with Bar(transient=True, disable=as_json) as bar:
         task = bar.add_task("refits")
         found = fit(trials, seed=seed, progress=lambda done, of: bar.update(task, completed=done, total=of))

@@ -6,6 +6,7 @@ Nothing but the standard library: a dry run is to answer at once.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -150,8 +151,8 @@ def read_fit(path: Path) -> Laws:
         laws = {
             name: Law(
                 _constant(found[name]["k"], _positive),
-                _constant(found[name]["exponent"]),
-                tuple((_positive(k), float(e)) for k, e in draws.get(name, ())),
+                _constant(found[name]["exponent"], _finite),
+                tuple((_positive(k), _finite(e)) for k, e in draws.get(name, ())),
             )
             for name in ("m_opt", "d_opt", "loss", "lr_opt", "batch_opt")
             if name in found
@@ -170,9 +171,16 @@ def read_fit(path: Path) -> Laws:
         raise InputError(f"{file} is no fit.json: {told}; `perilune fit` writes them (docs/scaling.md)") from error
 
 
-def _constant(found: dict[str, Any], kind: Callable[[Any], float] = float) -> Constant:
+def _constant(found: dict[str, Any], kind: Callable[[Any], float]) -> Constant:
     value = kind(found["value"])
     return Constant(value, kind(found.get("low", value)), kind(found.get("high", value)))
+
+
+def _finite(value: Any) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"{value!r} must be finite")
+    return number
 
 
 def _positive(value: Any) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -58,7 +59,14 @@ class Prediction:
 
 
 def predict(laws: Laws, compute: float) -> Prediction:
-    """Of `compute` training FLOPs. Raises InputError where the fit says no best size."""
+    """Of `compute` training FLOPs. Raises InputError where the fit says no best size, or no number that can be held."""
+    try:
+        return _predict(laws, compute)
+    except OverflowError as error:
+        raise InputError(f"{laws.file}: its laws give no number that can be held at {compute:g} FLOPs") from error
+
+
+def _predict(laws: Laws, compute: float) -> Prediction:
     size, sizes, by = laws.best_size(compute)
     tokens = compute / (laws.times * size)
     of_tokens = None if sizes is None else (compute / (laws.times * sizes[1]), compute / (laws.times * sizes[0]))
@@ -80,6 +88,7 @@ def predict(laws: Laws, compute: float) -> Prediction:
         losses.append(Value(laws.loss(size, tokens), laws.loss.interval(size, tokens), "L(N, D)"))
     if law := laws.laws.get("loss"):
         losses.append(Value(law(compute), law.interval(compute), "k C^exponent"))
+    warnings += _apart(losses)
     return Prediction(
         compute, laws.per, Value(size, sizes, by), Value(tokens, of_tokens, by), settings["batch"], settings["lr"],
         tuple(losses), tuple(warnings),
@@ -99,6 +108,18 @@ def _beyond(laws: Laws, compute: float) -> list[str]:
             f"{compute:.3g} FLOPs are {_times(laws.least / compute)} times below the smallest trial's {laws.least:.3g}"
         ]
     return []
+
+
+def _apart(losses: Sequence[Value]) -> list[str]:
+    """A warning where intervals of the loss have nothing in common."""
+    intervals = [loss.interval for loss in losses if loss.interval is not None]
+    if len(intervals) < 2 or max(low for low, _ in intervals) <= min(high for _, high in intervals):
+        return []
+    told = " and ".join(f"{loss.value:.4f} by {loss.by}" for loss in losses)
+    return [
+        f"the laws of the loss disagree by more than their intervals ({told}): k C^exponent has no floor, and is low "
+        "far beyond the trials; L(N, D) is as good as the sizes that were tried lie far apart"
+    ]
 
 
 def _times(factor: float) -> str:

@@ -50,7 +50,7 @@ def predict_command(
         )
     if as_json:
         more = {} if config is None else {"config": configs.to_dict(config), "processes": world}
-        print(json.dumps(found.to_dict() | more, indent=1))
+        print(json.dumps(found.to_dict() | more, indent=1, allow_nan=False))
         return 0
     print(_table(found))
     for warning in found.warnings:
@@ -110,6 +110,9 @@ def _told(config: Config, found: Prediction, out: Path | None, world: int) -> st
     m, count = config.model, parameters(config.model)
     size = size_of(m, config.data.seq_len, found.per)
     needs = "" if config.data.path or config.data.blend else " data.path=DIR"
+    beside = Path(config.data.path).parent / "valid" if config.data.path else None
+    if config.valid.every and not config.valid.path and not (beside and beside.is_dir()):
+        needs += " valid.path=DIR"
     off = f"{100 * (size / found.size.value - 1):+.1f}%"
     return (
         f"{out}: {m.num_layers} layers, hidden size {m.hidden_size}, {short(count.total)} parameters, "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 
@@ -52,22 +52,31 @@ def read_csv(paths: Sequence[Path], mixed: bool = False) -> Trials:
     trials: list[Trial] = []
     alike: dict[str, dict[str, str]] = {name: {} for name in _ALIKE}  # value -> where it stands first
     warnings: list[str] = []
-    seen: dict[tuple[tuple[str, str], ...], str] = {}
+    seen: dict[tuple[Trial, str, str], str] = {}
+    unnamed: dict[str, str] = {}  # column -> the first trial that says nothing there
     for path in paths:
         for name, row in _rows(path):
             trial = _trial(name, row)
             if trial is None:
                 warnings.append(f"{name}: loss {row['loss']!r} is not finite: left out")
                 continue
-            whole = tuple(sorted(row.items()))
-            if whole in seen:
-                raise InputError(f"{name} is {seen[whole]} again, word for word; a trial counts once")
-            seen[whole] = name
+            same = (replace(trial, name=""), row.get("trial", ""), row.get("seed", ""))
+            if same in seen:
+                raise InputError(f"{name} is {seen[same]} again; a trial counts once")
+            seen[same] = name
             trials.append(trial)
             for column in _ALIKE:
                 if row.get(column):
                     alike[column].setdefault(row[column].strip(), name)
+                else:
+                    unnamed.setdefault(column, name)
     for column, values in alike.items():
+        if values and column in unnamed and not mixed:
+            value, where = next(iter(values.items()))
+            raise InputError(
+                f"column {column}: {value!r} ({where}), and nothing for {unnamed[column]}: losses of different "
+                f"{column}s cannot be compared; name it for all, or say --mixed if they are the same in fact"
+            )
         if len(values) > 1 and not mixed:
             told = ", ".join(f"{value!r} ({where})" for value, where in list(values.items())[:4])
             raise InputError(
@@ -156,7 +165,10 @@ def _trial(name: str, row: dict[str, str]) -> Trial | None:
     per = "params" if "params" in found else "flops_per_token"
     if per not in found:
         raise InputError(f"{name}: no size: neither params nor flops_per_token has a value")
-    return Trial(name, found[per], per, found["tokens"], found["loss"], found.get("lr"), found.get("batch_tokens"))
+    trial = Trial(name, found[per], per, found["tokens"], found["loss"], found.get("lr"), found.get("batch_tokens"))
+    if not math.isfinite(trial.compute):
+        raise InputError(f"{name}: {per}={trial.size:g} and tokens={trial.tokens:g}: more FLOPs than can be held")
+    return trial
 
 
 def _without_diverged(trials: Sequence[Trial]) -> tuple[list[Trial], list[Trial]]:

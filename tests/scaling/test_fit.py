@@ -148,6 +148,9 @@ HEAD = "params,tokens,loss,lr,data\n"
         ("params,flops_per_token,tokens,loss\n", "leave one of them out"),
         (HEAD + "1e6,1e9,x,,\n", r"loss='x' is no number"),
         (HEAD + "1e6,-1,3,,\n", "tokens=-1 must be above 0"),
+        (HEAD + "1e6,1e9,3,1,web\n1000000,1e9,3.0,1,web\n", "t.csv:3 is .*t.csv:2 again"),
+        (HEAD + "1e6,1e9,3,1,web\n1e6,1e10,2.9,1,\n", "column data: 'web' .*t.csv:2.*nothing for .*t.csv:3"),
+        (HEAD + "1e300,1e300,3,1,web\n", "more FLOPs than can be held"),
         (HEAD + "1e6,1e9,3,1,web\n1e6,1e9,3,1,web\n", "t.csv:3 is .*t.csv:2 again"),
         (HEAD + "1e6,1e9,3,1,web\n1e6,2e9,3,1,code\n", "data: 'web' .*'code' .*--mixed"),
         (

@@ -90,6 +90,23 @@ def test_the_parametric_law_alone_says_size_and_loss(tmp_path: Path) -> None:
     assert [("DeepSeek LLM" in w and "stands in" in w) for w in said.warnings] == [False, True, True]
 
 
+def test_numbers_that_cannot_be_held_are_refused(tmp_path: Path) -> None:
+    for exponent, message in (("nan", "nan.* must be finite"), (5000.0, "no number that can be held at 1e\\+20")):
+        steep = {"k": {"value": 1.0}, "exponent": {"value": exponent}}
+        with pytest.raises(InputError, match=message):
+            predict(read_fit(write(tmp_path, PUBLISHED | {"m_opt": steep})), 1e20)
+
+
+def test_laws_of_the_loss_that_disagree_are_told(tmp_path: Path) -> None:
+    theta = {"E": 1.69, "A": 406.4, "B": 410.7, "alpha": 0.34, "beta": 0.28}
+    row = list(theta.values())
+    for k, apart in ((2.0, True), (2.43, False)):
+        law = {"k": {"value": k, "low": 0.99 * k, "high": 1.01 * k}, "exponent": {"value": 0.0}}
+        found = PUBLISHED | {"parametric": {name: {"value": value} for name, value in theta.items()}, "loss": law}
+        said = predict(read_fit(write(tmp_path, found | {"draws": {"parametric": [row, row]}})), 1e20)
+        assert any("disagree by more than their intervals" in warning for warning in said.warnings) == apart, said
+
+
 def test_the_command_writes_a_configuration_of_that_size(tmp_path: Path, perilune: Any) -> None:
     write(tmp_path, PUBLISHED | {"compute": {"least": 1e11, "most": 1e13}})
     words = [
@@ -106,14 +123,15 @@ def test_the_command_writes_a_configuration_of_that_size(tmp_path: Path, perilun
     done = perilune(*words)
     assert done.returncode == 0, done.stderr
     assert "10 times the largest trial's 1e+13" in done.stdout
-    assert "next: perilune train demo --config next.yaml --nproc 2 --dry-run" in done.stdout
+    _, _, following = done.stdout.partition("next: perilune ")
+    assert following == "train demo --config next.yaml valid.path=DIR --nproc 2 --dry-run\n"
     config = configs.resolve("demo", (), tmp_path / "next.yaml")
     m = scaling_flops(config.model, 512)
     assert m == pytest.approx(0.1715 * 1e14**0.5243, rel=0.05)
     assert m * config.train.tokens == pytest.approx(1e14) and config.data.path == "/data/train"
     assert config.optim.lr == pytest.approx(0.3118 * 1e14**-0.125, rel=5e-3)
     assert config.train.global_batch_size == round(0.2920 * 1e14**0.3271 / 512 / 4) * 4  # two ranks of two rows
-    plain = perilune("train", "demo", "--config", "next.yaml", "--nproc", "2", "--dry-run", "valid.every=0")
+    plain = perilune(*following.replace("DIR", "/data/valid").split())
     assert plain.returncode == 0, plain.stderr
     assert "never" not in plain.stderr and f"{config.train.tokens:,} tokens" in plain.stdout
     assert "is not written over" in perilune(*words).stderr
@@ -133,6 +151,9 @@ def test_a_cluster_for_some_days_is_a_budget(tmp_path: Path, perilune: Any) -> N
         (["--gpus", "8", "--gpu", "H100"], "missing: --days"),
         (["--gpus", "8", "--gpu", "Voodoo", "--days", "1"], "--gpu Voodoo: its rate is not known.*H100"),
         (["--compute", "1e20", "--days", "3"], "give C, or --gpus"),
+        (["--compute", "nan"], "nan is not finite"),
+        (["--compute", "inf"], "inf is not finite"),
+        (["--gpus", "8", "--gpu", "H100", "--days", "nan"], "nan is not finite"),
         (["--compute", "1e20", "--out", "x.yaml"], "--out needs --preset"),
         (["--compute", "1e20", "--preset", "demo"], "say --out"),
     ],
