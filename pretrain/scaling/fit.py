@@ -134,8 +134,13 @@ def _parametric(
     ]
     found = zip(parametric.NAMES, theta, low, high, strict=True)
     constants = {name: Constant(float(v), float(lo), float(hi)) for name, v, lo, hi in found}
-    vague = [name for name, value in parametric.at_bounds(theta).items() if value]
-    told = f"{' and '.join(vague)} cannot be told from these trials: the best value is at its bound"
+    bounds = [parametric.at_bounds(again) for again in refits]
+    vague = [
+        name
+        for name, value in parametric.at_bounds(theta).items()
+        if value or sum(bool(bound[name]) for bound in bounds) > (1 - _SURE) / 2 * draws
+    ]
+    told = f"{' and '.join(vague)} cannot be told from these trials: the value, or an end of the interval, is a bound"
     return constants, outliers, [told] if vague else [], np.array(refits)
 
 
