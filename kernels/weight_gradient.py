@@ -36,10 +36,11 @@ class WeightGradient:
         """Add left right, in the weight's working type, to that of weight `which`."""
         if self._total is None:  # a frozen weight
             return
+        total = self._total[which]
         if part is None:
-            self._total[which].addmm_(left, right)
+            torch.addmm(total, left, right, out=total)  # torch's counter of FLOPs does not know addmm_
         else:
-            self._total[which].add_(torch.mm(left, right, out=part))
+            total.add_(torch.mm(left, right, out=part))
 
     def done(self) -> torch.Tensor | None:
         """What backward returns for the weight."""

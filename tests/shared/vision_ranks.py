@@ -65,7 +65,9 @@ def make() -> Made:
     cells = net.vision_tower(normalize(patches), images.grids)
     grad_cells = torch.randn(cells.shape, generator=generator)
     tower = {name: parameter for name, parameter in seeing.items() if name.startswith("vision_")}
-    gradients = torch.autograd.grad((cells * grad_cells).sum(), list(tower.values()))
+    for parameter in tower.values():
+        parameter.main_grad.zero_()  # type: ignore[attr-defined]
+    (cells * grad_cells).sum().backward()
     with torch.no_grad():
         alone = [
             net.features(Images(part, torch.tensor([grid]), nowhere, nowhere))
@@ -76,7 +78,7 @@ def make() -> Made:
         {name: parameter.detach().clone() for name, parameter in seeing.items()},
         cells.detach(),
         grad_cells,
-        dict(zip(tower, gradients, strict=True)),
+        {name: parameter.main_grad.clone() for name, parameter in tower.items()},  # type: ignore[attr-defined]
         features,
         alone,
         counter.get_total_flops(),
