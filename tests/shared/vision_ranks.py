@@ -47,7 +47,8 @@ def _built(parallel: Parallel = Parallel()) -> models.Model:  # noqa: B008 (froz
 
 
 def make() -> Made:
-    (net,) = _built().bare()
+    model = _built()  # while it lives, its DDP collects gradients
+    (net,) = model.bare()
     assert isinstance(net, VisionLanguageModel)
     generator = torch.Generator().manual_seed(0)
     seeing = {name: p for name, p in net.named_parameters() if name.startswith(("vision_", "multi_"))}
