@@ -1,6 +1,6 @@
 """In which type a CPU multiplies bf16: in its own, or in fp32 where that is faster.
 
-AVX2 alone multiplies bf16 at a hundredth of its fp32 rate, some Intel CPUs with AVX512_BF16 at half of it, AMD's and
+AVX2 alone multiplies bf16 at a twentieth of its fp32 rate, some Intel CPUs with AVX512_BF16 at half of it, AMD's and
 AMX at twice and more (docs/performance.md). The product of two bf16 numbers is exact in fp32, and sums are fp32 either
 way: only their order differs, and what is not rounded to bf16 before the next operation.
 """

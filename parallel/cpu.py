@@ -252,7 +252,8 @@ def _linear(
     gtp_remat_size: int = 1,
 ) -> torch.Tensor:
     """A linear layer by `kernels/linear.py` where nothing of it is another rank's."""
-    if bias is None and not allreduce_dgrad and not sequence_parallel and grad_output_buffer is None:
+    alone = not allreduce_dgrad and not sequence_parallel and gtp_remat_size == 1
+    if alone and bias is None and grad_output_buffer is None:
         return linear(input, weight)
     return _LINEAR(
         input, weight, bias, gradient_accumulation_fusion, allreduce_dgrad, sequence_parallel, grad_output_buffer,

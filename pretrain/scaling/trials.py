@@ -47,7 +47,8 @@ def read_csv(paths: Sequence[Path], mixed: bool = False) -> Trials:
 
     A loss that is not finite, or as high as a model's that has learned nothing beside the others, is left out with a
     warning. Raises InputError for a file that cannot be read, a column that is missing, a value that is no positive
-    number, the same trial twice, sizes of two kinds, and unless `mixed`, tokenizers or data of two kinds.
+    number, the same trial twice, sizes of two kinds, and unless `mixed`, tokenizers or data of two kinds, or that only
+    some trials name.
     """
     trials: list[Trial] = []
     alike: dict[str, dict[str, str]] = {name: {} for name in _ALIKE}  # value -> where it stands first
