@@ -23,6 +23,7 @@ from perilune.kernels.weight_gradient import WeightGradient
 
 CHUNK = 1 << 21  # logits at once (8 MB in fp32)
 KEPT = 1 << 26  # fp32 numbers that may be held from forward to backward (256 MB)
+TOGETHER = 64  # tokens of a chunk whose logits stay in a CPU's cache from one operation on them to the next
 CHUNK_GPU = 1 << 27  # the same on a GPU (512 MB): every chunk reads all of the weight, from memory that is no cache
 
 
@@ -65,12 +66,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         kept_TV = hidden_TH.new_empty(T, V) if backward and (narrow or (keep and T * V <= KEPT)) else None
         buffer = _buffer(hidden_TH, V)
         most_T, sum_T, label_T = (buffer.new_empty(T) for _ in range(3))
-        for rows in _chunks(hidden_TH, V):
+        whole = kept_TV is not None and kept_TV.dtype == buffer.dtype
+        together = TOGETHER if hidden_TH.device.type == "cpu" else T
+        for rows in [slice(0, T)] if whole else _chunks(hidden_TH, V):
             # In fp32 what follows in place leaves exp(logit - most_T) in what is kept.
             logits = _logits(hidden_TH[rows], wide_VH, buffer, kept_TV[rows] if kept_TV is not None else None)
-            torch.amax(logits, -1, out=most_T[rows])
             label_T[rows] = logits.gather(1, at_T[rows, None])[:, 0]
-            torch.sum(logits.sub_(most_T[rows, None]).exp_(), -1, out=sum_T[rows])
+            for part, most, total in zip(
+                *(x.split(together) for x in (logits, most_T[rows], sum_T[rows])), strict=True
+            ):
+                torch.amax(part, -1, out=most)
+                torch.sum(part.sub_(most[:, None]).exp_(), -1, out=total)
         label_T *= mine_T
         log_sum_T = most_T + sum_T.log_()
         if group is not None and group.size() > 1:
@@ -88,16 +94,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         part = dweight.buffer(weight_VH.shape)
         buffer = _buffer(hidden_TH, V)
         exps = kept_TV is not None and kept_TV.dtype == buffer.dtype
-        scale_T = (most_T - log_sum_T).exp_()
+        scale_T, of_label_T = (most_T - log_sum_T).exp_().mul_(grad_T), -grad_T * mine_T
         for rows in _chunks(hidden_TH, V):
             if kept_TV is not None and exps:
                 p = kept_TV[rows].mul_(scale_T[rows, None])
-            elif kept_TV is not None:
-                p = buffer[: rows.stop - rows.start].copy_(kept_TV[rows]).sub_(log_sum_T[rows, None]).exp_()
             else:
-                p = _logits(hidden_TH[rows], wide_VH, buffer, None).sub_(log_sum_T[rows, None]).exp_()
-            p.scatter_add_(1, at_T[rows, None], -mine_T[rows, None].to(p.dtype))
-            p.mul_(grad_T[rows, None])
+                if kept_TV is not None:
+                    p = buffer[: rows.stop - rows.start].copy_(kept_TV[rows])
+                else:
+                    p = _logits(hidden_TH[rows], wide_VH, buffer, None)
+                p.sub_(log_sum_T[rows, None]).exp_().mul_(grad_T[rows, None])
+            p.scatter_add_(1, at_T[rows, None], of_label_T[rows, None].to(p.dtype))
             if kept_TV is None:
                 dweight.add(p.T, hidden_TH[rows], part)
                 torch.mm(p, wide_VH, out=dhidden_TH[rows])

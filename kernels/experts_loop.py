@@ -2,8 +2,8 @@
 
 Each expert's rows are gathered into memory that stays in the cache and serves one expert after another: neither the
 copies of the tokens nor the activations are kept for backward, only the tokens and the first matmul's output. Threads
-take experts, the largest first. An expert's rows are rounded up with rows of weight zero, since oneDNN builds a new
-bf16 matmul for every number of rows it meets. All is computed in the type in which this CPU multiplies.
+take experts, the largest first. All is computed in the type in which this CPU multiplies; in bf16 an expert's rows are
+rounded up with rows of weight zero, since oneDNN builds a new matmul for every number of rows it meets.
 
 T tokens, R routed copies sorted by expert, r rows of one expert, H hidden, F expert FFN, E experts.
 """
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from perilune.kernels.matmul import cast
 from perilune.kernels.permute import Order, sum_copies
 from perilune.kernels.weight_gradient import WeightGradient
 
-ROWS = 32  # rows of an expert are a multiple of this
+ROWS = 32  # rows of an expert are a multiple of this, where they are multiplied in bf16
 
 
 def routed_swiglu(
@@ -40,7 +39,7 @@ def routed_swiglu(
 
 @dataclass(frozen=True)
 class _Rounded:
-    """The order with each expert's rows rounded up: row 0 with weight 0 stands where there is no copy."""
+    """The order, in bf16 with each expert's rows rounded up: row 0 with weight 0 stands where there is no copy."""
 
     tokens: torch.Tensor  # [padded R]
     probs: torch.Tensor  # [padded R, 1]
@@ -50,7 +49,8 @@ class _Rounded:
     @classmethod
     def of(cls, order: Order, probs_R: torch.Tensor, dtype: torch.dtype) -> _Rounded:
         counts = order.counts_E.to(torch.int64)
-        sizes = (counts + ROWS - 1) // ROWS * ROWS
+        multiple = ROWS if dtype is torch.bfloat16 else 1
+        sizes = (counts + multiple - 1) // multiple * multiple
         moved = (sizes.cumsum(0) - sizes) - (counts.cumsum(0) - counts)
         rows_R = torch.arange(probs_R.numel(), device=probs_R.device) + moved[order.experts_R]
         total = int(sizes.sum())
@@ -58,12 +58,19 @@ class _Rounded:
         probs = probs_R.new_zeros(total, dtype=dtype).index_copy_(0, rows_R, probs_R.to(dtype))
         return cls(tokens, probs[:, None], rows_R, tuple(sizes.tolist()))
 
-    def share(self, work: Callable[[Iterator[tuple[int, slice]]], None]) -> None:
-        """Do `work` on (expert, its rows) of those that have any, the largest first, on as many threads as pay."""
-        ends = tuple(accumulate(self.sizes))
-        experts = [(e, slice(ends[e] - size, ends[e])) for e, size in enumerate(self.sizes) if size]
-        experts.sort(key=lambda expert: self.sizes[expert[0]], reverse=True)
-        threads.share(work, experts, threads.worth([self.sizes[e] for e, _ in experts]))
+    def share(self, work: Callable[[Iterator[int]], None]) -> None:
+        """Do `work` on the experts that have rows, the largest first, on as many threads as pay."""
+        experts = [e for e, size in enumerate(self.sizes) if size]
+        experts.sort(key=self.sizes.__getitem__, reverse=True)
+        threads.share(work, experts, threads.worth([self.sizes[e] for e in experts]))
+
+    def split(self, *rows: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
+        """Of each expert its part of each of `rows` [padded R, ...].
+
+        For all experts before threads take them: a view that a thread makes itself waits for Python's lock while
+        another makes its own.
+        """
+        return list(zip(*(x.split(self.sizes) for x in rows), strict=True))
 
 
 class _Routed(torch.autograd.Function):
@@ -76,20 +83,26 @@ class _Routed(torch.autograd.Function):
         (H, F), most = w2.shape[1:], max(rounded.sizes, default=0)
         h_all, out_all = (x.new_empty(rounded.tokens.numel(), n) for x, n in ((x_TH, 2 * F), (wide_TH, H)))
 
-        def work(experts: Iterator[tuple[int, slice]]) -> None:
+        views = rounded.split(rounded.tokens, rounded.probs, h_all, h_all[:, :F], h_all[:, F:], out_all)
+        weights = list(zip(w1.detach(), w2.detach(), strict=True))
+
+        def work(experts: Iterator[int]) -> None:
             x_most, act_most, h_most = (wide_TH.new_empty(most, n) for n in (H, F, 2 * F))
             buffer = wide_TH.new_empty(2 * F * H)
-            for e, rows in experts:
-                size = rows.stop - rows.start
-                x, act, kept = x_most[:size], act_most[:size], h_all[rows]
-                h = kept if kept.dtype == x.dtype else h_most[:size]
-                torch.index_select(wide_TH, 0, rounded.tokens[rows], out=x)
-                torch.mm(x, cast(w1[e], buffer).T, out=h)
-                if h is not kept:
+            for e in experts:
+                size, (w1_e, w2_e) = rounded.sizes[e], weights[e]
+                tokens, prob, kept, gate, up, out = views[e]
+                x, act = x_most[:size], act_most[:size]
+                torch.index_select(wide_TH, 0, tokens, out=x)
+                if kept.dtype == x.dtype:
+                    torch.mm(x, cast(w1_e, buffer).T, out=kept)
+                else:
+                    h = torch.mm(x, cast(w1_e, buffer).T, out=h_most[:size])
                     kept.copy_(h)
-                torch.ops.aten.silu.out(h[:, :F], out=act)
-                act.mul_(h[:, F:]).mul_(rounded.probs[rows])
-                torch.mm(act, cast(w2[e], buffer).T, out=out_all[rows])
+                    gate, up = h[:, :F], h[:, F:]
+                torch.ops.aten.silu.out(gate, out=act)
+                act.mul_(up).mul_(prob)
+                torch.mm(act, cast(w2_e, buffer).T, out=out)
 
         rounded.share(work)
         ctx.save_for_backward(x_TH, w1, w2, h_all)
@@ -106,30 +119,34 @@ class _Routed(torch.autograd.Function):
         dw1, dw2 = (WeightGradient(w, needed) for w, needed in zip((w1, w2), ctx.needs_input_grad[1:3], strict=True))
         dx_all, dprobs = wide_TH.new_empty(total, H), torch.empty(total, dtype=torch.float32, device=x_TH.device)
 
-        def work(experts: Iterator[tuple[int, slice]]) -> None:
+        views = rounded.split(rounded.tokens, rounded.probs, h_all, dprobs, dx_all)
+        weights = list(zip(w1, w2, strict=True))
+
+        def work(experts: Iterator[int]) -> None:
             x_most, g_most, dh_most = (wide_TH.new_empty(most, size) for size in (H, H, 2 * F))
             part1, part2 = dw1.buffer(w1.shape[1:]), dw2.buffer(w2.shape[1:])
             buffers = [wide_TH.new_empty(most, F) for _ in range(4)]
             weight, hidden = wide_TH.new_empty(2 * F * H), wide_TH.new_empty(most * 2 * F)
-            for e, rows in experts:
-                size = rows.stop - rows.start
+            for e in experts:
+                size, (w1_e, w2_e) = rounded.sizes[e], weights[e]
+                tokens, prob, h, dprob, dx = views[e]
                 x, g, dh = x_most[:size], g_most[:size], dh_most[:size]
                 silu, product, d_act, other = (buffer[:size] for buffer in buffers)
-                h, prob = cast(h_all[rows], hidden), rounded.probs[rows]
+                h = cast(h, hidden)
                 gate, up = h[:, :F], h[:, F:]
-                torch.index_select(wide_TH, 0, rounded.tokens[rows], out=x)
-                torch.index_select(grad_TH, 0, rounded.tokens[rows], out=g)
-                torch.mm(g, cast(w2[e], weight), out=d_act)
+                torch.index_select(wide_TH, 0, tokens, out=x)
+                torch.index_select(grad_TH, 0, tokens, out=g)
+                torch.mm(g, cast(w2_e, weight), out=d_act)
                 torch.ops.aten.silu.out(gate, out=silu)
                 torch.mul(silu, up, out=product)
-                torch.sum(torch.mul(d_act, product, out=other), -1, dtype=torch.float32, out=dprobs[rows])
+                torch.sum(torch.mul(d_act, product, out=other), -1, dtype=torch.float32, out=dprob)
                 dw2.add(g.T, product.mul_(prob), part2, e)
                 d_act.mul_(prob)
                 torch.mul(d_act, silu, out=dh[:, F:])
                 torch.mul(d_act, up, out=other)
                 torch.ops.aten.silu_backward.grad_input(other, gate, grad_input=dh[:, :F])
                 dw1.add(dh.T, x, part1, e)
-                torch.mm(dh, cast(w1[e], weight), out=dx_all[rows])
+                torch.mm(dh, cast(w1_e, weight), out=dx)
 
         rounded.share(work)
         dx_TH = sum_copies(dx_all, rounded.rows_R[ctx.order.copies_TK]).to(x_TH.dtype)

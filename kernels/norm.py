@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-CHUNK = 1 << 17  # fp32 numbers at once: half a megabyte
+CHUNK = 1 << 18  # fp32 numbers at once: a megabyte
 
 
 def rms_norm(x: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Tensor:
@@ -31,8 +31,12 @@ class _RmsNorm(torch.autograd.Function):
         mean_R1 = torch.linalg.vector_norm(x_RH, dim=-1, keepdim=True, dtype=torch.float32).square_().div_(x.shape[-1])
         scale_R1 = mean_R1.add_(eps).rsqrt_()
         out_RH, weight = torch.empty_like(x_RH), weight_H.float()
+        buffer = _buffer(x_RH)
         for rows in _chunks(x_RH):
-            out_RH[rows] = (x_RH[rows] * scale_R1[rows]).mul_(weight)
+            wide, out = _in_fp32(out_RH[rows], buffer), out_RH[rows]
+            torch.mul(x_RH[rows], scale_R1[rows], out=wide).mul_(weight)
+            if wide.dtype != out.dtype:
+                out.copy_(wide)
         ctx.save_for_backward(x_RH, weight_H, scale_R1)
         return out_RH.view(x.shape)
 
@@ -42,20 +46,38 @@ class _RmsNorm(torch.autograd.Function):
         x_RH, weight_H, scale_R1 = ctx.saved_tensors
         grad_RH, weight = grad.reshape(x_RH.shape), weight_H.float()
         dx_RH, dweight = torch.empty_like(x_RH), torch.zeros_like(weight)
+        units, products = _buffer(x_RH), _buffer(x_RH)
         for rows in _chunks(x_RH):
-            scale = scale_R1[rows]
-            unit, g = x_RH[rows] * scale, grad_RH[rows].to(torch.float32, copy=True)
-            product = g * unit
+            scale, grad_rows, dx = scale_R1[rows], grad_RH[rows], dx_RH[rows]
+            unit, product = units[: len(dx)], products[: len(dx)]
+            torch.mul(x_RH[rows], scale, out=unit)
+            torch.mul(grad_rows, unit, out=product)
             dweight += product.sum(0)
             along = (product @ weight).div_(weight.numel()).unsqueeze(1)
-            dx_RH[rows] = g.mul_(weight).addcmul_(unit, along, value=-1).mul_(scale)
+            wide = _in_fp32(dx, products)
+            torch.mul(grad_rows, weight, out=wide).addcmul_(unit, along, value=-1).mul_(scale)
+            if wide.dtype != dx.dtype:
+                dx.copy_(wide)
         return dx_RH.view(grad.shape), dweight.to(weight_H.dtype), None
 
 
+def _rows(x_RH: torch.Tensor) -> int:
+    return max(1, CHUNK // x_RH.shape[1])
+
+
 def _chunks(x_RH: torch.Tensor) -> Iterator[slice]:
-    rows = max(1, CHUNK // x_RH.shape[1])
-    for at in range(0, x_RH.shape[0], rows):
-        yield slice(at, at + rows)
+    for at in range(0, x_RH.shape[0], _rows(x_RH)):
+        yield slice(at, at + _rows(x_RH))
+
+
+def _buffer(x_RH: torch.Tensor) -> torch.Tensor:
+    """fp32 memory of a chunk, without content."""
+    return torch.empty(min(len(x_RH), _rows(x_RH)), x_RH.shape[1], dtype=torch.float32, device=x_RH.device)
+
+
+def _in_fp32(out: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
+    """Where the chunk `out` is computed: in its own memory if that is fp32."""
+    return out if out.dtype == buffer.dtype else buffer[: len(out)]
 
 
 def reference(x: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Tensor:

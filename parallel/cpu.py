@@ -261,6 +261,13 @@ def _linear(
     )  # fmt: skip
 
 
+def _scale(chunk_size: int, noop_flag: torch.Tensor, tensor_lists: Any, scale: Any) -> None:
+    """`local_multi_tensor_scale` without a copy between."""
+    del chunk_size, noop_flag
+    for source, out in zip(tensor_lists[0], tensor_lists[1], strict=True):
+        torch.mul(source, scale, out=out)
+
+
 _linear.warned = True  # type: ignore[attr-defined]  # its warning about CUDA_DEVICE_MAX_CONNECTIONS, kept at its name
 
 
@@ -338,6 +345,12 @@ PATCHES: tuple[Patch, ...] = (
         "linear_with_grad_accumulation_and_async_allreduce",
         _linear,
         "2026-11: gradients are added to DDP's buffer in the matmul on GPUs alone; bf16 is slow on many CPUs",
+    ),
+    (
+        "megatron.core.optimizer.clip_grads",
+        "multi_tensor_scale_impl",
+        _scale,
+        "2026-11: clipping writes every gradient twice: a product, and its copy",
     ),
     (
         "megatron.core.transformer.multi_latent_attention",

@@ -66,6 +66,31 @@ def test_what_is_kept_of_the_softmax_goes_with_the_rest_that_backward_saved() ->
     assert sum(sizes) > q.numel() + k.numel() + v.numel() + 2 * (100 * 100 + 200 * 200) // 2
 
 
+def test_calls_hold_no_more_of_the_softmax_together_than_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one holds is free again after its backward, or when its graph is gone."""
+    q, k, v = _qkv(300, 2, 12, 8)
+    pieces = _documents([100, 200])[1]
+
+    def call() -> tuple[torch.Tensor, bool]:
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+            out = _by_blocks(q, k, v, pieces, 0.2)
+        return out, sum(sizes) > q.numel() + k.numel() + v.numel()
+
+    assert call()[1]
+    one = 4 * 2 * (100 * 100 + 128 * 128 + 72 * 200)
+    monkeypatch.setattr(attention_blocks, "KEPT", attention_blocks._Held._all + one)
+    first, holds = call()
+    second, another = call()
+    assert (holds, another) == (True, False)
+    gradients = [torch.autograd.grad(out.square().sum(), (q, k, v)) for out in (first, second)]
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
+    third, holds = call()
+    assert holds
+    del third
+    assert call()[1]
+
+
 def test_scores_that_do_not_fit_the_buffer_take_fewer_heads_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = _qkv(300, 5, 12, 8)
     bounds, pieces = _documents([300])

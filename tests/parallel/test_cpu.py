@@ -22,6 +22,7 @@ HERE = {
     "dist_all_gather_func",
     "apply_rotary_pos_emb",
     "linear_with_grad_accumulation_and_async_allreduce",
+    "multi_tensor_scale_impl",
 }
 
 
@@ -93,6 +94,14 @@ def test_gradients_of_linear_layers_are_added_in_the_matmul_on_gpus_alone() -> N
             out = linear(*inputs, *([] if has_bias else [None]), False, False, False, None, None, group)
             found.append([out, *torch.autograd.grad(out, inputs, upstream_grad)])
         torch.testing.assert_close(*found)
+
+
+def test_gradients_are_scaled_in_place_as_megatron_scales_them() -> None:
+    theirs, ours = [torch.arange(4.0)], [torch.arange(4.0)]
+    upstream("megatron.core.utils").local_multi_tensor_scale(0, None, [theirs, theirs], 0.3)
+    before = ours[0].data_ptr()
+    cpu._scale(0, torch.zeros(1), [ours, ours], torch.tensor(0.3))
+    assert torch.equal(ours[0], theirs[0]) and ours[0].data_ptr() == before
 
 
 def test_parts_of_unequal_size_over_gloo(workers: Workers) -> None:

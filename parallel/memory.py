@@ -1,0 +1,25 @@
+"""Memory of a process on a CPU: what a step frees, the next one finds again.
+
+glibc maps what is large (32 MB and more, whatever it learns) afresh each time and gives it back when it is freed; every
+4 KB of it then cost a page fault again in each step (docs/performance.md). A training process asks for the same memory
+in each of its steps, so it keeps it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+_MAPPED = 1 << 30  # bytes of what is still mapped: what is not asked for again in each step
+_KEPT = (1 << 31) - 1  # free bytes at the top of the heap that are not given back: the most that can be said
+
+
+def keep_freed() -> bool:
+    """From here on what this process frees stays with it. False where the C library is not glibc: nothing changes."""
+    if not sys.platform.startswith("linux"):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return mallopt is not None and all(
+        mallopt(option, value) == 1 for option, value in ((_M_MMAP_THRESHOLD, _MAPPED), (_M_TRIM_THRESHOLD, _KEPT))
+    )
