@@ -15,12 +15,13 @@ from typing import Any
 
 from perilune.pretrain import config as configs
 from perilune.pretrain import presets, rules
-from perilune.pretrain.data.blend import Blend
 from perilune.pretrain.data.manifest import read_manifest
 from perilune.pretrain.errors import InputError
 from perilune.pretrain.plan.counts import flops_per_token, parameters, scaling_flops
 from perilune.pretrain.scaling.laws import DEEPSEEK, Law, exactly, read_fit
 from perilune.pretrain.scaling.sizes import scaled
+from perilune.pretrain.scaling.tokens import read_corpus
+from perilune.pretrain.scaling.words import short, some
 from perilune.pretrain.schedule import total_tokens
 from perilune.pretrain.schema import Config, Model
 from perilune.pretrain.timetable import rows_multiple
@@ -232,10 +233,16 @@ def _with_data(ladder: Ladder) -> Config:
     config = base_of(ladder)
     if config.data.path is None and not config.data.blend:
         raise InputError(f"{ladder.file}: data.path or data.blend must stand under `set`, as data.path: packed/train")
+    if "valid.every=0" in ladder.set:
+        raise InputError(
+            f"{ladder.file}: set: valid.every=0: a trial's loss is that of its validation set; leave it out, and it is "
+            "read after the last step"
+        )
+    config = replace(config, valid=replace(config.valid, every=max(1, config.valid.every)))
     try:
-        return ready(replace(config, valid=replace(config.valid, every=max(1, config.valid.every))))
+        return ready(config, remedy="a trial's loss is that of its validation set: say valid.path under `set`")
     except InputError as error:
-        raise InputError(f"{ladder.file}: a trial's loss is that of its validation set: {error}") from error
+        raise InputError(f"{ladder.file}: {error}") from error
 
 
 def _as_words(preset: str, config: Config) -> tuple[str, ...]:
@@ -297,7 +304,7 @@ def _check(ladder: Ladder, trials: Sequence[Planned], world: int) -> None:
     ]
     if short_ones:
         raise InputError(
-            f"{ladder.file}: {_some(short_ones)}: a trial needs {LEAST_STEPS} steps or more, C / (M x tokens a batch); "
+            f"{ladder.file}: {some(short_ones)}: a trial needs {LEAST_STEPS} steps or more, C / (M x tokens a batch); "
             "take a larger budget, smaller sizes or smaller batches"
         )
     batches = {trial.config.train.global_batch_size for trial in trials}
@@ -315,40 +322,20 @@ def _check(ladder: Ladder, trials: Sequence[Planned], world: int) -> None:
 
 def _check_unique(ladder: Ladder, trials: Sequence[Planned], data_there: bool) -> None:
     """No trial may see more of a corpus than it holds, `passes` times."""
-    data = trials[0].config.data
-    paths = [data.path] if data.path else list(data.blend)
     try:
-        rows = [int(read_manifest(path)["rows"]) for path in paths]
+        corpus = read_corpus(trials[0].config.data)
     except InputError as error:
         if data_there:
             raise InputError(f"{ladder.file}: {error}") from error
         return
-    blend = Blend(data.blend, data.seq_len) if not data.path else None
-    over = []
-    for trial in trials:
-        wanted = trial.tokens // data.seq_len
-        counts = [wanted] if blend is None else blend.counts(wanted).tolist()
-        for path, want, have in zip(paths, counts, rows, strict=True):
-            if want > ladder.passes * have:
-                over.append(f"{trial.name} ({want * data.seq_len:,} of {path}'s {have * data.seq_len:,})")
+    short_of = [(trial.name, corpus.short_of(trial.tokens, ladder.passes)) for trial in trials]
+    over = [f"{name} ({told})" for name, found in short_of for told in found]
     if over:
         raise InputError(
-            f"{ladder.file}: {_some(over)}: more tokens than the corpus holds; seen twice they teach less, and laws "
+            f"{ladder.file}: {some(over)}: more tokens than the corpus holds; seen twice they teach less, and laws "
             "would be of something else. Pack more data, leave out the smallest sizes of that budget, or say how often "
             "it may be seen, as passes: 2"
         )
-
-
-def _some(found: Sequence[str]) -> str:
-    return ", ".join(found[:4]) + (f" and {len(found) - 4} more" if len(found) > 4 else "")
-
-
-def short(value: float) -> str:
-    """1.35M"""
-    for unit, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= size:
-            return f"{value / size:.3g}{unit}"
-    return f"{value:.3g}"
 
 
 # ---------------------------------------------------------------- the file's values

@@ -1,0 +1,56 @@
+"""A run's tokens: its schedules stretched to another number of them, and how many of them its corpus holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from perilune.pretrain.data.blend import Blend
+from perilune.pretrain.data.manifest import read_manifest
+from perilune.pretrain.schedule import total_tokens
+from perilune.pretrain.schema import Config, Data
+
+
+def of_length(config: Config, tokens: int) -> Config:
+    """`config` of `tokens` tokens: warm-up, a ramp of the batch and weights of a blend keep their parts of the run.
+
+    Those are all that a configuration says in tokens; what else changes in a run it says in parts of it.
+    """
+    part = tokens / total_tokens(config.train, config.data.seq_len)
+    blend = dict(config.data.blend)
+    for name, weight in blend.items():
+        if isinstance(weight, dict):
+            blend[name] = {round(start * part): from_there_on for start, from_there_on in sorted(weight.items())}
+    ramp = round(config.train.batch_ramp_tokens * part)
+    return replace(
+        config,
+        train=replace(config.train, steps=0, tokens=tokens, batch_ramp_tokens=ramp),
+        schedule=replace(config.schedule, warmup_tokens=round(config.schedule.warmup_tokens * part)),
+        data=replace(config.data, blend=blend),
+    )
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The datasets of a run, and the rows that each of them holds."""
+
+    data: Data
+    rows: tuple[int, ...]
+
+    def short_of(self, tokens: int, passes: float = 1.0) -> list[str]:
+        """What a run of `tokens` tokens reads more than `passes` times, with both numbers."""
+        length, wanted = self.data.seq_len, tokens // self.data.seq_len
+        counts = [wanted] if self.data.path else Blend(self.data.blend, length).counts(wanted).tolist()
+        return [
+            f"{want * length:,} of {path}'s {have * length:,}"
+            for path, want, have in zip(_paths(self.data), counts, self.rows, strict=True)
+            if want > passes * have
+        ]
+
+
+def read_corpus(data: Data) -> Corpus:
+    """Of `data.path` or `data.blend`. Raises InputError for a dataset that cannot be read."""
+    return Corpus(data, tuple(int(read_manifest(path)["rows"]) for path in _paths(data)))
+
+
+def _paths(data: Data) -> list[str]:
+    return [data.path] if data.path else list(data.blend)
