@@ -67,9 +67,9 @@ class Profile:
 
     @cached_property
     def deviations(self) -> np.ndarray:
-        """Residuals [n] as parts of the loss, each as large as its noise would be: those of trials at the ends, which a
-        parabola follows most, are small."""
-        return np.asarray((self.loss_n / self.fitted() - 1) / np.sqrt(self.untouched))
+        """Residuals [n] as parts of the budget's loss, each as large as its noise would be: those of trials at the ends,
+        which a parabola follows most, are small."""
+        return np.asarray((self.loss_n - self.fitted()) / np.median(self.loss_n) / np.sqrt(self.untouched))
 
     def fitted(self) -> np.ndarray:
         """The parabola at the trials [n]."""
@@ -150,8 +150,7 @@ def _outlier(group: Sequence[Trial], noise: float) -> tuple[int, float] | None:
         return None
     said = float(np.polyval(without.curve, found.log_size_n[worst] - without.middle))
     free = len(without.loss_n) - 3
-    own = float(np.sqrt(((without.loss_n / without.fitted() - 1) ** 2).sum() / free))
-    off = group[worst].loss / said - 1
-    # The parabola of the others is not exact there either, the less the more it had followed the trial.
-    deviation = abs(off) * np.sqrt(found.untouched[worst])
-    return (worst, off) if deviation > _OUTLIER * max(noise, own) else None
+    own = float(np.sqrt((((without.loss_n - without.fitted()) / np.median(without.loss_n)) ** 2).sum() / free))
+    if abs(found.deviations[worst]) <= _OUTLIER * max(noise, own):
+        return None
+    return worst, group[worst].loss / said - 1
