@@ -67,8 +67,8 @@ class Profile:
 
     @cached_property
     def deviations(self) -> np.ndarray:
-        """Residuals [n] as parts of the budget's loss, each as large as its noise would be: those of trials at the ends,
-        which a parabola follows most, are small."""
+        """Residuals [n] as parts of the budget's loss, each as large as its noise would be: those of trials at the
+        ends, which a parabola follows most, are small."""
         return np.asarray((self.loss_n - self.fitted()) / np.median(self.loss_n) / np.sqrt(self.untouched))
 
     def fitted(self) -> np.ndarray:

@@ -20,7 +20,7 @@ from perilune.pretrain.errors import InputError
 from perilune.pretrain.plan.counts import flops_per_token, parameters, scaling_flops
 from perilune.pretrain.scaling.laws import DEEPSEEK, Law, exactly, read_fit
 from perilune.pretrain.scaling.sizes import scaled
-from perilune.pretrain.scaling.tokens import read_corpus
+from perilune.pretrain.scaling.tokens import of_length, rows_of, short_of
 from perilune.pretrain.scaling.words import short, some
 from perilune.pretrain.schedule import total_tokens
 from perilune.pretrain.schema import Config, Model
@@ -171,11 +171,20 @@ def fingerprints(config: Config) -> dict[str, str]:
         manifests = [read_manifest(str(path)) for path in paths]
     except InputError:
         return {"tokenizer": "", "data": ""}
-    weights = "" if config.data.path else " " + json.dumps([*config.data.blend.values()])
+    weights = "" if config.data.path else " " + json.dumps(_in_parts(config))
     return {
         "tokenizer": manifests[0]["tokenizer"]["fingerprint"][:16],
         "data": "+".join(manifest["fingerprint"][:12] for manifest in manifests) + weights,
     }
+
+
+def _in_parts(config: Config) -> list[float | dict[float, float]]:
+    """The weights of a blend, whose schedules are of parts of the run: the same at every length."""
+    whole = total_tokens(config.train, config.data.seq_len)
+    return [
+        {round(start / whole, 3): now for start, now in weight.items()} if isinstance(weight, dict) else weight
+        for weight in config.data.blend.values()
+    ]
 
 
 # ---------------------------------------------------------------- trials
@@ -198,21 +207,21 @@ def _trial(
     rows = max(1, round(batch / multiple)) * multiple
     steps = max(1, round(compute / flops / (rows * config.data.seq_len)))
     tokens = steps * rows * config.data.seq_len
+    if config.train.batch_ramp_tokens:
+        raise InputError(f"{ladder.file}: a trial has one batch size; set train.batch_ramp_tokens to 0 under `set`")
     given = {word.partition("=")[0] for word in ladder.set}
-    before = total_tokens(config.train, config.data.seq_len)
-    warmup = ladder.warmup if ladder.warmup is not None else config.schedule.warmup_tokens / before
+    config = of_length(config, tokens)
+    warmup = config.schedule.warmup_tokens if ladder.warmup is None else round(ladder.warmup * tokens)
     train = replace(
         config.train, steps=steps, tokens=0, global_batch_size=rows, seed=seed,
         save_every=config.train.save_every if "train.save_every" in given else -(-steps // _SAVES),
         keep=config.train.keep if "train.keep" in given else 1,
     )  # fmt: skip
-    if train.batch_ramp_tokens:
-        raise InputError(f"{ladder.file}: a trial has one batch size; set train.batch_ramp_tokens to 0 under `set`")
     config = replace(
         config,
         train=train,
         optim=replace(config.optim, lr=lr),
-        schedule=replace(config.schedule, warmup_tokens=round(warmup * tokens)),
+        schedule=replace(config.schedule, warmup_tokens=warmup),
         valid=replace(config.valid, every=config.valid.every if "valid.every" in given else steps),
     )
     name = f"{compute:.3g}_{size}_lr{lr:g}_b{rows}".replace("+", "")
@@ -323,13 +332,16 @@ def _check(ladder: Ladder, trials: Sequence[Planned], world: int) -> None:
 def _check_unique(ladder: Ladder, trials: Sequence[Planned], data_there: bool) -> None:
     """No trial may see more of a corpus than it holds, `passes` times."""
     try:
-        corpus = read_corpus(trials[0].config.data)
+        rows = rows_of(trials[0].config.data)
     except InputError as error:
         if data_there:
             raise InputError(f"{ladder.file}: {error}") from error
         return
-    short_of = [(trial.name, corpus.short_of(trial.tokens, ladder.passes)) for trial in trials]
-    over = [f"{name} ({told})" for name, found in short_of for told in found]
+    over = [
+        f"{trial.name} ({told})"
+        for trial in trials
+        for told in short_of(trial.config.data, rows, trial.tokens, ladder.passes)
+    ]
     if over:
         raise InputError(
             f"{ladder.file}: {some(over)}: more tokens than the corpus holds; seen twice they teach less, and laws "

@@ -10,7 +10,7 @@ from perilune.pretrain import rules
 from perilune.pretrain.errors import InputError
 from perilune.pretrain.scaling.laws import DEEPSEEK, Laws, Range
 from perilune.pretrain.scaling.sizes import scaled, size_of
-from perilune.pretrain.scaling.tokens import of_length, read_corpus
+from perilune.pretrain.scaling.tokens import of_length, rows_of, short_of
 from perilune.pretrain.scaling.words import some
 from perilune.pretrain.schema import Config
 from perilune.pretrain.timetable import rows_multiple
@@ -168,7 +168,7 @@ def told_of_corpus(config: Config) -> list[str]:
     if not config.data.path and not config.data.blend:
         return []
     try:
-        over = read_corpus(config.data).short_of(config.train.tokens)
+        over = short_of(config.data, rows_of(config.data), config.train.tokens)
     except InputError:
         return []
     again = (

@@ -18,7 +18,7 @@ from perilune.pretrain.scaling.words import short
 from perilune.pretrain.schema import Config
 from perilune.pretrain.train_command import processes_here
 
-_SIZES = {"params": "parameters (active, without vocabulary)", "flops_per_token": "M, FLOPs a token"}
+_SIZES = {"params": "parameters (active, no vocabulary)", "flops_per_token": "M, FLOPs a token"}
 
 
 def predict_command(

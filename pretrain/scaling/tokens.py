@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 
 from perilune.pretrain.data.blend import Blend
 from perilune.pretrain.data.manifest import read_manifest
@@ -29,28 +30,17 @@ def of_length(config: Config, tokens: int) -> Config:
     )
 
 
-@dataclass(frozen=True)
-class Corpus:
-    """The datasets of a run, and the rows that each of them holds."""
-
-    data: Data
-    rows: tuple[int, ...]
-
-    def short_of(self, tokens: int, passes: float = 1.0) -> list[str]:
-        """What a run of `tokens` tokens reads more than `passes` times, with both numbers."""
-        length, wanted = self.data.seq_len, tokens // self.data.seq_len
-        counts = [wanted] if self.data.path else Blend(self.data.blend, length).counts(wanted).tolist()
-        return [
-            f"{want * length:,} of {path}'s {have * length:,}"
-            for path, want, have in zip(_paths(self.data), counts, self.rows, strict=True)
-            if want > passes * have
-        ]
+def rows_of(data: Data) -> dict[str, int]:
+    """Rows that each dataset of `data` holds. Raises InputError for one that cannot be read."""
+    return {path: int(read_manifest(path)["rows"]) for path in ([data.path] if data.path else data.blend)}
 
 
-def read_corpus(data: Data) -> Corpus:
-    """Of `data.path` or `data.blend`. Raises InputError for a dataset that cannot be read."""
-    return Corpus(data, tuple(int(read_manifest(path)["rows"]) for path in _paths(data)))
-
-
-def _paths(data: Data) -> list[str]:
-    return [data.path] if data.path else list(data.blend)
+def short_of(data: Data, rows: Mapping[str, int], tokens: int, passes: float = 1.0) -> list[str]:
+    """Of which datasets, with `rows`, a run of `tokens` tokens reads more than `passes` times what they hold."""
+    length, wanted = data.seq_len, tokens // data.seq_len
+    counts = [wanted] if data.path else Blend(data.blend, length).counts(wanted).tolist()
+    return [
+        f"{want * length:,} of {path}'s {have * length:,}"
+        for (path, have), want in zip(rows.items(), counts, strict=True)
+        if want > passes * have
+    ]
