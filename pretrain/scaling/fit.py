@@ -235,9 +235,9 @@ def _loss_law(computes: np.ndarray, losses: np.ndarray) -> tuple[Law | None, lis
     warnings = []
     if law.E.low == 0:
         warnings.append(
-            f"loss: its floor E cannot be told from these {len(computes)} budgets: from 0 to {law.E.high:.4g} all "
-            "of it is possible; far beyond them the loss is known no better than its interval says"
+            f"loss: its floor E cannot be told from these {len(computes)} budgets, whose interval for it is "
+            f"[0, {law.E.high:.4g}]: far beyond them the loss is known no better than its own interval says"
         )
-    if power.at_bounds(found[falls])["exponent"].mean() > (1 - _SURE) / 2:
+    if power.at_bounds(found[falls]).mean() > (1 - _SURE) / 2:
         warnings.append("loss: its exponent cannot be told from these budgets: an end of its interval is a bound")
     return law, warnings
