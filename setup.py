@@ -52,7 +52,7 @@ setup(
         "glyphs": ["matplotlib"],  # its fonts, for `demo:glyphs`
         # Transformer Engine: install all of it or none; the core wheel alone breaks `import megatron.core`.
         "gpu": ["transformer-engine[pytorch,core_cu13]==2.17.1", "flash-attn-4>=4.0.0b36"],
-        "scaling": ["scipy", "matplotlib"],  # `perilune fit`
+        "scaling": ["matplotlib"],  # `perilune fit`
         "dev": [
             "matplotlib",
             "scipy",

@@ -20,8 +20,10 @@ from perilune.launch.slurm_script import Placement
 
 _WAIT_S = 60.0  # for an answer of Slurm's
 _ON_ITS_WAY_S = 2.0  # a submission that reached the controller before a question may be taken after it
-# What Slurm's commands say where the controller is away or overloaded.
-_AWAY = re.compile(r"(?i)unable to contact|timed out|zero bytes|standby|temporarily|connection refused")
+# What Slurm's commands say where the controller, or for sacct the accounting's database, is away or overloaded.
+_AWAY = re.compile(
+    r"(?i)unable to contact|timed out|zero bytes|standby|temporarily|connection refused|talking to the database"
+)
 _ENDED = {"COMPLETED": "done", "CANCELLED": "cancelled", "TIMEOUT": "failed", "FAILED": "failed", "NODE_FAIL": "failed"}
 
 
@@ -160,12 +162,15 @@ def _jobs(where: dict[str, Any]) -> list[str]:
 
 
 def _marked(mark: str) -> list[str]:
-    """Numbers of the jobs that were submitted with `mark`: of the queue and what has just left it, or accounted for."""
+    """Numbers of the jobs that were submitted with `mark`: of the queue and what has just left it, or accounted for.
+    Raises NoAnswer where either does not say."""
     text = _slurm(["squeue", "--noheader", "--me", "--array", "--states=all", "--format=%i|%o"])
     if mark not in text:
         words = ["sacct", "--noheader", "--parsable2", "--allocations", "--starttime=now-30days"]
         try:
             text = _slurm([*words, "--format=JobID,SubmitLine"])
+        except NoAnswer:  # the job may be accounted for
+            raise
         except JobError:  # there is no accounting
             return []
     return [line.partition("|")[0] for line in text.splitlines() if mark in line.partition("|")[2]]

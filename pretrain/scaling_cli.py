@@ -75,7 +75,7 @@ def sweep(ctx: click.Context, **options: Any) -> None:
       set: {data.path: packed/train, parallel.ep: 1}
       budgets: [2.0e+11, 6.0e+11, 2.0e+12]    # C, FLOPs
       sizes: {scale: [0.1, 0.2, 0.4, 0.7, 1]}  # times the preset's M
-      lr: [0.5, 1, 2]                          # times the law's, at the middle size of each budget
+      lr: [0.25, 0.5, 1, 2, 4]                 # times the law's, at the middle size of each budget
 
     \b
     Examples:
@@ -98,10 +98,12 @@ def sweep(ctx: click.Context, **options: Any) -> None:
 @click.pass_context
 def fit(ctx: click.Context, **options: Any) -> None:
     """Fit scaling laws to training runs: IsoFLOP minima and their power laws, L(N, D) = E + A/N^alpha + B/D^beta, the
-    best learning rate and batch size over compute, and loss over compute, each constant with a 95% interval.
+    best learning rate and batch size over compute, and the loss over compute, E + k C^-e of four budgets or more, each
+    constant with a 95% interval.
 
     A CSV file's first line names its columns: params (then C = 6 N D) or flops_per_token (C = M D), tokens, loss, and
-    if it has them lr, batch_tokens, tokenizer, data. A folder is one with a trials.csv.
+    if it has them lr, batch_tokens, tokenizer, data. params are those that a token meets (of experts the chosen ones
+    alone), without embedding and head. A folder is one with a trials.csv.
 
     \b
     Examples:
@@ -141,7 +143,8 @@ def predict(ctx: click.Context, **options: Any) -> None:
     """Say what FIT.json, of `perilune fit`, holds best for C FLOPs: the model's size, tokens, tokens a batch, learning
     rate and loss, each with its 95% interval, and a warning where C lies beyond the trials.
 
-    --out writes a configuration: --preset with its layers and width scaled to that size, and any KEY=VALUE.
+    --out writes a configuration: --preset with its layers and width scaled to that size, and any KEY=VALUE. A size in
+    params is of parameters that a token meets, without embedding and head.
 
     \b
     Examples:

@@ -73,9 +73,10 @@ def train_command(
         local.dismiss(agent)
 
 
-def ready(config: Config) -> Config:
-    """`config` with paths that mean the same in every folder, and its validation set. Raises InputError."""
-    return _with_valid(_absolute(config))
+def ready(config: Config, remedy: str = "set valid.path, or valid.every=0") -> Config:
+    """`config` with paths that mean the same in every folder, and its validation set. Raises InputError, which says the
+    `remedy` for one that is not there."""
+    return _with_valid(_absolute(config), remedy)
 
 
 def check_here(config: Config, run_dir: Path, world: int, gpus: int, start: Start) -> None:
@@ -130,7 +131,7 @@ def describe(config: Config, world: int, run_dir: Path) -> str:
     )
 
 
-def _with_valid(config: Config) -> Config:
+def _with_valid(config: Config, remedy: str) -> Config:
     """`valid.path` beside `data.path`, where it is not named and is there."""
     if config.valid.path is None and config.data.path is not None:
         beside = Path(config.data.path).parent / "valid"  # of a remote dataset it is not there: valid.path names it
@@ -139,9 +140,7 @@ def _with_valid(config: Config) -> Config:
     if config.valid.path is None and config.valid.every and (config.data.path is not None or config.data.blend):
         where = Path(config.data.path).parent / "valid" if config.data.path else None  # a blend has none
         beside_it = f" and there is no packed dataset at {where}" if where else ""
-        raise InputError(
-            f"valid.every={config.valid.every}, but valid.path is not set{beside_it}; set valid.path, or valid.every=0"
-        )
+        raise InputError(f"valid.every={config.valid.every}, but valid.path is not set{beside_it}; {remedy}")
     return config
 
 

@@ -11,8 +11,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.progress import Progress as Bar
-
 from perilune.pretrain.errors import InputError, make_folder
 
 if TYPE_CHECKING:
@@ -24,9 +22,8 @@ def fit_command(paths: Sequence[Path], out: Path, *, mixed: bool = False, seed: 
 
     Raises InputError for trials that cannot be read, put together or fitted, and if `out` has a fit already.
     """
-    missing = [name for name in ("scipy", "matplotlib") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise InputError(f"perilune fit needs {' and '.join(missing)}: pip install 'perilune[scaling]'")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise InputError("perilune fit needs matplotlib: pip install 'perilune[scaling]'")
     from perilune.pretrain.scaling import pictures
     from perilune.pretrain.scaling.fit import fit
     from perilune.pretrain.scaling.trials import read_csv
@@ -34,11 +31,9 @@ def fit_command(paths: Sequence[Path], out: Path, *, mixed: bool = False, seed: 
     file = out / "fit.json"
     if file.exists():
         raise InputError(f"{file} is there already and is never written over; name another folder with --out")
-    trials = read_csv([path / "trials.csv" if path.is_dir() else path for path in paths], mixed)
+    trials = read_csv([_table_of(path) for path in paths], mixed)
     make_folder(out)  # before the time that fitting takes
-    with Bar(transient=True, disable=as_json) as bar:
-        task = bar.add_task("refits")
-        found = fit(trials, seed=seed, progress=lambda done, of: bar.update(task, completed=done, total=of))
+    found = fit(trials, seed=seed)
     text = json.dumps(found.to_dict(), indent=1, allow_nan=False) + "\n"
     text = re.sub(r"\[[-+.,\deE\s]+\]", lambda row: "".join(row[0].split()), text)  # a draw is a line
     try:
@@ -54,11 +49,31 @@ def fit_command(paths: Sequence[Path], out: Path, *, mixed: bool = False, seed: 
         return 0
     for warning in (*found.warnings, *(f"outlier: {one}" for one in found.outliers)):
         print(f"warning: {warning}")
-    width = max(len(name) for name, *_ in _constants(found))
-    for name, value, low, high in _constants(found):
-        print(f"{name:{width}}  {value:>11}  [{low}, {high}]")
+    print(_table(found))
     print(f"{len(found.trials)} trials: {file}, and with pictures {out / 'fit.html'}")
     return 0
+
+
+def _table_of(path: Path) -> Path:
+    """The CSV file of `path`. Raises InputError for a folder that has none."""
+    if not path.is_dir():
+        return path
+    file = path / "trials.csv"
+    if not file.exists():
+        if (path / "ladder.json").exists():
+            raise InputError(f"{path} has no trials.csv: no trial of this sweep has ended yet")
+        raise InputError(f"{path} has no trials.csv: name the folder of a `perilune sweep`, or a CSV file")
+    return file
+
+
+def _table(fit: Fit) -> str:
+    """Every constant with its interval, numbers below each other."""
+    rows = [("constant", "value", "low", "high"), *_constants(fit)]
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    return "\n".join(
+        f"{name:{widths[0]}}  {value:>{widths[1]}}  {low:>{widths[2]}}  {high:>{widths[3]}}"
+        for name, value, low, high in rows
+    )
 
 
 def _constants(fit: Fit) -> Iterator[tuple[str, str, str, str]]:
@@ -66,6 +81,7 @@ def _constants(fit: Fit) -> Iterator[tuple[str, str, str, str]]:
     every = dict(fit.parametric)
     for name, law in fit.laws.items():
         every |= {f"{name}: k": law.k, f"{name}: exponent of C": law.exponent}
+        every |= {f"{name}: E": law.E} if law.E else {}
     for name, constant in every.items():
         yield name, f"{constant.value:.4g}", f"{constant.low:.4g}", f"{constant.high:.4g}"
 

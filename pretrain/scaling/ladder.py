@@ -15,12 +15,13 @@ from typing import Any
 
 from perilune.pretrain import config as configs
 from perilune.pretrain import presets, rules
-from perilune.pretrain.data.blend import Blend
 from perilune.pretrain.data.manifest import read_manifest
 from perilune.pretrain.errors import InputError
 from perilune.pretrain.plan.counts import flops_per_token, parameters, scaling_flops
 from perilune.pretrain.scaling.laws import DEEPSEEK, Law, exactly, read_fit
 from perilune.pretrain.scaling.sizes import scaled
+from perilune.pretrain.scaling.tokens import of_length, rows_of, short_of
+from perilune.pretrain.scaling.words import short, some
 from perilune.pretrain.schedule import total_tokens
 from perilune.pretrain.schema import Config, Model
 from perilune.pretrain.timetable import rows_multiple
@@ -170,11 +171,20 @@ def fingerprints(config: Config) -> dict[str, str]:
         manifests = [read_manifest(str(path)) for path in paths]
     except InputError:
         return {"tokenizer": "", "data": ""}
-    weights = "" if config.data.path else " " + json.dumps([*config.data.blend.values()])
+    weights = "" if config.data.path else " " + json.dumps(_in_parts(config))
     return {
         "tokenizer": manifests[0]["tokenizer"]["fingerprint"][:16],
         "data": "+".join(manifest["fingerprint"][:12] for manifest in manifests) + weights,
     }
+
+
+def _in_parts(config: Config) -> list[float | dict[float, float]]:
+    """The weights of a blend, whose schedules are of parts of the run: the same at every length."""
+    whole = total_tokens(config.train, config.data.seq_len)
+    return [
+        {round(start / whole, 3): now for start, now in weight.items()} if isinstance(weight, dict) else weight
+        for weight in config.data.blend.values()
+    ]
 
 
 # ---------------------------------------------------------------- trials
@@ -197,21 +207,21 @@ def _trial(
     rows = max(1, round(batch / multiple)) * multiple
     steps = max(1, round(compute / flops / (rows * config.data.seq_len)))
     tokens = steps * rows * config.data.seq_len
+    if config.train.batch_ramp_tokens:
+        raise InputError(f"{ladder.file}: a trial has one batch size; set train.batch_ramp_tokens to 0 under `set`")
     given = {word.partition("=")[0] for word in ladder.set}
-    before = total_tokens(config.train, config.data.seq_len)
-    warmup = ladder.warmup if ladder.warmup is not None else config.schedule.warmup_tokens / before
+    config = of_length(config, tokens)
+    warmup = config.schedule.warmup_tokens if ladder.warmup is None else round(ladder.warmup * tokens)
     train = replace(
         config.train, steps=steps, tokens=0, global_batch_size=rows, seed=seed,
         save_every=config.train.save_every if "train.save_every" in given else -(-steps // _SAVES),
         keep=config.train.keep if "train.keep" in given else 1,
     )  # fmt: skip
-    if train.batch_ramp_tokens:
-        raise InputError(f"{ladder.file}: a trial has one batch size; set train.batch_ramp_tokens to 0 under `set`")
     config = replace(
         config,
         train=train,
         optim=replace(config.optim, lr=lr),
-        schedule=replace(config.schedule, warmup_tokens=round(warmup * tokens)),
+        schedule=replace(config.schedule, warmup_tokens=warmup),
         valid=replace(config.valid, every=config.valid.every if "valid.every" in given else steps),
     )
     name = f"{compute:.3g}_{size}_lr{lr:g}_b{rows}".replace("+", "")
@@ -232,10 +242,16 @@ def _with_data(ladder: Ladder) -> Config:
     config = base_of(ladder)
     if config.data.path is None and not config.data.blend:
         raise InputError(f"{ladder.file}: data.path or data.blend must stand under `set`, as data.path: packed/train")
+    if "valid.every=0" in ladder.set:
+        raise InputError(
+            f"{ladder.file}: set: valid.every=0: a trial's loss is that of its validation set; leave it out, and it is "
+            "read after the last step"
+        )
+    config = replace(config, valid=replace(config.valid, every=max(1, config.valid.every)))
     try:
-        return ready(replace(config, valid=replace(config.valid, every=max(1, config.valid.every))))
+        return ready(config, remedy="a trial's loss is that of its validation set: say valid.path under `set`")
     except InputError as error:
-        raise InputError(f"{ladder.file}: a trial's loss is that of its validation set: {error}") from error
+        raise InputError(f"{ladder.file}: {error}") from error
 
 
 def _as_words(preset: str, config: Config) -> tuple[str, ...]:
@@ -297,7 +313,7 @@ def _check(ladder: Ladder, trials: Sequence[Planned], world: int) -> None:
     ]
     if short_ones:
         raise InputError(
-            f"{ladder.file}: {_some(short_ones)}: a trial needs {LEAST_STEPS} steps or more, C / (M x tokens a batch); "
+            f"{ladder.file}: {some(short_ones)}: a trial needs {LEAST_STEPS} steps or more, C / (M x tokens a batch); "
             "take a larger budget, smaller sizes or smaller batches"
         )
     batches = {trial.config.train.global_batch_size for trial in trials}
@@ -315,40 +331,23 @@ def _check(ladder: Ladder, trials: Sequence[Planned], world: int) -> None:
 
 def _check_unique(ladder: Ladder, trials: Sequence[Planned], data_there: bool) -> None:
     """No trial may see more of a corpus than it holds, `passes` times."""
-    data = trials[0].config.data
-    paths = [data.path] if data.path else list(data.blend)
     try:
-        rows = [int(read_manifest(path)["rows"]) for path in paths]
+        rows = rows_of(trials[0].config.data)
     except InputError as error:
         if data_there:
             raise InputError(f"{ladder.file}: {error}") from error
         return
-    blend = Blend(data.blend, data.seq_len) if not data.path else None
-    over = []
-    for trial in trials:
-        wanted = trial.tokens // data.seq_len
-        counts = [wanted] if blend is None else blend.counts(wanted).tolist()
-        for path, want, have in zip(paths, counts, rows, strict=True):
-            if want > ladder.passes * have:
-                over.append(f"{trial.name} ({want * data.seq_len:,} of {path}'s {have * data.seq_len:,})")
+    over = [
+        f"{trial.name} ({told})"
+        for trial in trials
+        for told in short_of(trial.config.data, rows, trial.tokens, ladder.passes)
+    ]
     if over:
         raise InputError(
-            f"{ladder.file}: {_some(over)}: more tokens than the corpus holds; seen twice they teach less, and laws "
+            f"{ladder.file}: {some(over)}: more tokens than the corpus holds; seen twice they teach less, and laws "
             "would be of something else. Pack more data, leave out the smallest sizes of that budget, or say how often "
             "it may be seen, as passes: 2"
         )
-
-
-def _some(found: Sequence[str]) -> str:
-    return ", ".join(found[:4]) + (f" and {len(found) - 4} more" if len(found) > 4 else "")
-
-
-def short(value: float) -> str:
-    """1.35M"""
-    for unit, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= size:
-            return f"{value / size:.3g}{unit}"
-    return f"{value:.3g}"
 
 
 # ---------------------------------------------------------------- the file's values

@@ -1,4 +1,5 @@
-"""Power laws in compute, k C^exponent: those that a fit found, those that were published, and how sure they are.
+"""Power laws in compute, k C^exponent and with a floor E + k C^exponent: those that a fit found, those that were
+published, and how sure they are.
 
 Nothing but the standard library: a dry run is to answer at once.
 """
@@ -9,6 +10,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -32,25 +34,40 @@ class Constant:
 
 @dataclass(frozen=True)
 class Law:
-    """value = k * C^exponent. `draws` are the (k, exponent) of refits: only both together say how sure a value is,
-    since within one fit each follows the other."""
+    """value = k * C^exponent, or E + k * C^exponent where there is an E.
+
+    `draws` are the constants of refits, (k, exponent) or (k, exponent, E): only all together say how sure a value is,
+    since within one fit each follows the others.
+    """
 
     k: Constant
     exponent: Constant
-    draws: tuple[tuple[float, float], ...] = field(default=(), repr=False)
+    draws: tuple[tuple[float, ...], ...] = field(default=(), repr=False)
+    E: Constant | None = None
+
+    @property
+    def form(self) -> str:
+        """What it is, to be read."""
+        return "k C^exponent" if self.E is None else "E + k C^exponent"
 
     def __call__(self, compute: float) -> float:
-        return float(self.k.value * compute**self.exponent.value)
+        return _power(compute, self.k.value, self.exponent.value, self.E.value if self.E else 0.0)
 
     def interval(self, compute: float) -> Range:
         """Of the value at `compute` FLOPs: 95% of the draws; without them all that the constants' intervals allow."""
         if self.draws:
-            return percentiles(k * compute**exponent for k, exponent in self.draws)
-        ends = [k * compute**e for k in (self.k.low, self.k.high) for e in (self.exponent.low, self.exponent.high)]
-        return None if min(ends) == max(ends) else (min(ends), max(ends))
+            return percentiles(_power(compute, *row) for row in self.draws)
+        ends = [{constant.low, constant.high} for constant in (self.k, self.exponent, self.E) if constant]
+        values = [_power(compute, *corner) for corner in product(*ends)]
+        return None if min(values) == max(values) else (min(values), max(values))
 
     def to_dict(self) -> dict[str, Any]:
-        return {"k": self.k.to_dict(), "exponent": self.exponent.to_dict()}
+        floor = {} if self.E is None else {"E": self.E.to_dict()}
+        return {"k": self.k.to_dict(), "exponent": self.exponent.to_dict(), **floor}
+
+
+def _power(compute: float, k: float, exponent: float, E: float = 0.0) -> float:
+    return float(E + k * compute**exponent)
 
 
 def exactly(k: float, exponent: float) -> Law:
@@ -149,11 +166,7 @@ def read_fit(path: Path) -> Laws:
             raise ValueError(f"per={per!r} is neither params nor flops_per_token")
         draws = found.get("draws", {})
         laws = {
-            name: Law(
-                _constant(found[name]["k"], _positive),
-                _constant(found[name]["exponent"], _finite),
-                tuple((_positive(k), _finite(e)) for k, e in draws.get(name, ())),
-            )
+            name: _law(name, found[name], draws.get(name, ()))
             for name in ("m_opt", "d_opt", "loss", "lr_opt", "batch_opt")
             if name in found
         }
@@ -169,6 +182,15 @@ def read_fit(path: Path) -> Laws:
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         told = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
         raise InputError(f"{file} is no fit.json: {told}; `perilune fit` writes them (docs/scaling.md)") from error
+
+
+def _law(name: str, found: dict[str, Any], rows: Sequence[Sequence[Any]]) -> Law:
+    kinds = {"k": _positive, "exponent": _finite, **({"E": _not_below_zero} if "E" in found else {})}
+    if any(len(row) != len(kinds) for row in rows):
+        raise ValueError(f"draws.{name}: each row has the {len(kinds)} constants {', '.join(kinds)}")
+    draws = tuple(tuple(kind(value) for kind, value in zip(kinds.values(), row, strict=True)) for row in rows)
+    k, exponent, *E = (_constant(found[constant], kind) for constant, kind in kinds.items())
+    return Law(k, exponent, draws, *E)
 
 
 def _constant(found: dict[str, Any], kind: Callable[[Any], float]) -> Constant:

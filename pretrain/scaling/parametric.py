@@ -1,7 +1,8 @@
 """L(N, D) = E + A/N^alpha + B/D^beta, fitted to trials (Hoffmann et al., arXiv 2203.15556, section 3.3).
 
 As there: the Huber loss (delta 1e-3) of the difference between the logarithms of predicted and seen loss, from a grid
-of starts. n trials, 5 constants in the order of NAMES; logarithms are natural.
+of starts. N trials, 5 constants in the order of NAMES, R fits at once: of other starts, or of other trials. Logarithms
+are natural.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 from itertools import product
 
 import numpy as np
-from scipy.optimize import least_squares
 
 from perilune.pretrain.errors import InputError
 from perilune.pretrain.scaling.laws import NAMES
@@ -22,105 +22,136 @@ LEAST_TRIALS = 8  # five constants, and some that say how well they fit
 _PART_E, _PART_TERM, _EXPONENT = (0.3, 0.6, 0.9), (0.05, 0.3), (0.15, 0.4, 0.8)
 _MOST_EXPONENT = 5.0
 _TRIED = 12  # starts that are followed
+_LOW, _HIGH = np.array([-40.0, -40.0, -40.0, 0.0, 0.0]), np.array([20.0, 20.0, 20.0, _MOST_EXPONENT, _MOST_EXPONENT])
+_STEPS, _LONGEST = 300, 3.0  # the most, and how far one goes in each variable
+_LEAST_GAIN, _CALM = 1e-7, 8  # done: so many steps in a row with so little gain
+_CURVED = 0.3  # of a residual beyond delta: between Newton's 0 and the 1 of reweighted squares, which is slow
 
 
-def loss(theta: np.ndarray, sizes_n: np.ndarray, tokens_n: np.ndarray) -> np.ndarray:
-    """L(N, D) [n] of constants [5]."""
+def loss(theta: np.ndarray, sizes_N: np.ndarray, tokens_N: np.ndarray) -> np.ndarray:
+    """L(N, D) [N] of constants [5]."""
     E, A, B, alpha, beta = theta
-    found: np.ndarray = E + A / sizes_n**alpha + B / tokens_n**beta
+    found: np.ndarray = E + A / sizes_N**alpha + B / tokens_N**beta
     return found
 
 
-def fit(sizes_n: np.ndarray, tokens_n: np.ndarray, losses_n: np.ndarray) -> np.ndarray:
+def fit(sizes_N: np.ndarray, tokens_N: np.ndarray, losses_N: np.ndarray) -> np.ndarray:
     """The constants [5]. Raises InputError where there are fewer than LEAST_TRIALS different trials."""
-    trials = len({*zip(sizes_n.tolist(), tokens_n.tolist(), strict=True)})
-    if trials < LEAST_TRIALS or min(len(set(sizes_n.tolist())), len(set(tokens_n.tolist()))) < 3:
+    trials = len({*zip(sizes_N.tolist(), tokens_N.tolist(), strict=True)})
+    if trials < LEAST_TRIALS or min(len(set(sizes_N.tolist())), len(set(tokens_N.tolist()))) < 3:
         raise InputError(
             f"E + A/N^alpha + B/D^beta has five constants: it needs {LEAST_TRIALS} trials or more, of three sizes and "
-            f"three numbers of tokens at least; these are {trials} of {len(set(sizes_n.tolist()))} sizes and "
-            f"{len(set(tokens_n.tolist()))} numbers of tokens"
+            f"three numbers of tokens at least; these are {trials} of {len(set(sizes_N.tolist()))} sizes and "
+            f"{len(set(tokens_N.tolist()))} numbers of tokens"
         )
-    problem = _Problem(sizes_n, tokens_n, losses_n)
+    problem = _Problem(sizes_N, tokens_N, losses_N)
     # Where each start stands tells most of the bad ones apart; the best of them go down to their minima.
-    starts = sorted(problem.starts(), key=problem.cost)
-    found = [problem.solve(start) for start in starts[:_TRIED]]
-    return problem.constants(min(found, key=problem.cost))
+    starts = problem.starts()
+    found = problem.solve(starts[problem.cost(starts).argsort(kind="stable")[:_TRIED]])
+    return problem.constants(found[problem.cost(found).argmin()][None])[0]
 
 
-def refit(theta: np.ndarray, sizes_n: np.ndarray, tokens_n: np.ndarray, losses_n: np.ndarray) -> np.ndarray:
-    """The constants [5] of trials much like those that `theta` was fitted to: from there alone."""
-    problem = _Problem(sizes_n, tokens_n, losses_n)
-    E, A, B, alpha, beta = theta
-    logs = np.log(np.maximum([E, A, B], 1e-300))
-    return problem.constants(problem.solve(problem.centred(np.array([*logs, alpha, beta])), 1e-6))
+def refit(
+    theta: np.ndarray, sizes_N: np.ndarray, tokens_N: np.ndarray, losses_N: np.ndarray, drawn_RN: np.ndarray
+) -> np.ndarray:
+    """The constants [R, 5] of trials drawn from those that `theta` was fitted to, by index: from there alone."""
+    problem = _Problem(sizes_N, tokens_N, losses_N, drawn_RN)
+    start = np.array([*np.log(np.maximum(theta[:3], 1e-300)), *theta[3:]])
+    return problem.constants(problem.solve(np.tile(problem.centred(start), (len(drawn_RN), 1))))
 
 
-def at_bounds(theta: np.ndarray) -> dict[str, bool]:
-    """Of each constant: whether it went as far as a fit lets it, so that its value says nothing."""
-    E, _, _, alpha, beta = theta
-    ends = (0.0, _MOST_EXPONENT)
-    vague = [bool(np.isclose(value, ends, atol=1e-3).any()) for value in (alpha, beta)]
-    return dict(zip(NAMES, (bool(E < 1e-6), vague[0], vague[1], *vague), strict=True))
+def at_bounds(theta_R5: np.ndarray) -> dict[str, np.ndarray]:
+    """Of each constant [R]: whether it went as far as a fit lets it, so that its value says nothing."""
+    alpha, beta = (np.isclose(theta_R5[:, i, None], [0.0, _MOST_EXPONENT], atol=1e-3).any(axis=1) for i in (3, 4))
+    return dict(zip(NAMES, (theta_R5[:, 0] < 1e-6, alpha, beta, alpha, beta), strict=True))
 
 
 class _Problem:
     """In the variables (log E, log of each term at the trials' geometric middle, alpha, beta), which hardly depend on
-    each other, where A and alpha do wholly."""
+    each other, where A and alpha do wholly. Every x is [R, 5]."""
 
-    def __init__(self, sizes_n: np.ndarray, tokens_n: np.ndarray, losses_n: np.ndarray) -> None:
-        self._middle = np.log(sizes_n).mean(), np.log(tokens_n).mean()
-        self._size_n, self._tokens_n = np.log(sizes_n) - self._middle[0], np.log(tokens_n) - self._middle[1]
-        self._loss_n = np.log(losses_n)
+    def __init__(
+        self, sizes_N: np.ndarray, tokens_N: np.ndarray, losses_N: np.ndarray, drawn_RN: np.ndarray | None = None
+    ) -> None:
+        """Of all trials, or of those that each fit has drawn."""
+        drawn = np.arange(len(sizes_N))[None] if drawn_RN is None else drawn_RN
+        self._middle = np.log(sizes_N).mean(), np.log(tokens_N).mean()
+        self._size_RN = (np.log(sizes_N) - self._middle[0])[drawn]
+        self._tokens_RN = (np.log(tokens_N) - self._middle[1])[drawn]
+        self._loss_RN = np.log(losses_N)[drawn]
 
     def centred(self, x: np.ndarray) -> np.ndarray:
-        """(log E, log A, log B, alpha, beta) in the problem's variables."""
+        """(log E, log A, log B, alpha, beta) in the problem's variables [5]."""
         e, a, b, alpha, beta = x
         return np.array([e, a - alpha * self._middle[0], b - beta * self._middle[1], alpha, beta])
 
-    def starts(self) -> list[np.ndarray]:
+    def starts(self) -> np.ndarray:
         """Points to go down from."""
-        least, middle = self._loss_n.min(), float(np.median(self._loss_n))
-        return [
-            np.array([least + np.log(e), middle + np.log(a), middle + np.log(b), alpha, beta])
-            for e, a, b, alpha, beta in product(_PART_E, _PART_TERM, _PART_TERM, _EXPONENT, _EXPONENT)
-        ]
+        least, middle = self._loss_RN.min(), float(np.median(self._loss_RN))
+        starts = np.array([*product(_PART_E, _PART_TERM, _PART_TERM, _EXPONENT, _EXPONENT)])
+        starts[:, :3] = np.log(starts[:, :3]) + [least, middle, middle]
+        return starts
 
-    def constants(self, x: np.ndarray) -> np.ndarray:
-        """E, A, B, alpha, beta."""
-        e, a, b, alpha, beta = x
-        return np.array([*np.exp([e, a + alpha * self._middle[0], b + beta * self._middle[1]]), alpha, beta])
+    def constants(self, x_R5: np.ndarray) -> np.ndarray:
+        """E, A, B, alpha, beta of each [R, 5]."""
+        e, a, b, alpha, beta = x_R5.T
+        logs = np.stack([e, a + alpha * self._middle[0], b + beta * self._middle[1]])
+        return np.vstack([np.exp(logs), alpha, beta]).T
 
-    def _terms(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Logarithms of the greatest term [n]; the terms over it [3, n]. scipy's logsumexp takes several times as long
-        for so few trials, and a fit is little else."""
-        found = np.empty((3, len(self._loss_n)))
-        found[0], found[1], found[2] = x[0], x[1] - x[3] * self._size_n, x[2] - x[4] * self._tokens_n
-        most_n = found.max(axis=0)
-        return most_n, np.exp(found - most_n)
+    def _terms(self, x_R5: np.ndarray) -> np.ndarray:
+        """Logarithms of E and the two other terms [3, R, N]."""
+        e, a, b, alpha, beta = x_R5.T[:, :, None]
+        size, tokens = a - alpha * self._size_RN, b - beta * self._tokens_RN
+        return np.stack([np.broadcast_to(e, size.shape), size, tokens])
 
-    def _off(self, x: np.ndarray) -> np.ndarray:
-        most_n, terms = self._terms(x)
-        return np.asarray(np.log(terms.sum(axis=0)) + most_n - self._loss_n)
+    def _off(self, x_R5: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(log of predicted over seen loss [R, N], each term's part of the predicted [3, R, N])."""
+        terms = self._terms(x_R5)
+        most = terms.max(axis=0)
+        parts = np.exp(terms - most)
+        whole = parts.sum(axis=0)
+        return np.log(whole) + most - self._loss_RN, parts / whole
 
-    def _slope(self, x: np.ndarray) -> np.ndarray:
-        _, terms = self._terms(x)
-        parts = terms / terms.sum(axis=0)
-        return np.stack([*parts, -parts[1] * self._size_n, -parts[2] * self._tokens_n], axis=1)
+    def cost(self, x_R5: np.ndarray) -> np.ndarray:
+        """Sum of the Huber losses, over delta squared [R]."""
+        return _huber(self._off(x_R5)[0])
 
-    def cost(self, x: np.ndarray) -> float:
-        """Sum of the Huber losses, over delta squared."""
-        z = (self._off(x) / DELTA) ** 2
-        return float(np.where(z <= 1, z, 2 * np.sqrt(z) - 1).sum() / 2)
+    def solve(self, x_R5: np.ndarray) -> np.ndarray:
+        """The minimum that lies below each x (Levenberg and Marquardt's steps, held within the bounds)."""
+        x, damping = np.clip(x_R5, _LOW, _HIGH), np.full(len(x_R5), 1e-2)
+        off, parts = self._off(x)
+        cost, calm = _huber(off), np.zeros(len(x), int)
+        for _ in range(_STEPS):
+            tried = np.clip(x + self._step(x, off, parts, damping), _LOW, _HIGH)
+            off_there, parts_there = self._off(tried)
+            there = _huber(off_there)
+            better = there < cost
+            gain = np.where(better, cost - there, 0.0)
+            calm = np.where(gain > _LEAST_GAIN * cost, 0, calm + 1)
+            x[better], cost[better] = tried[better], there[better]
+            off[better], parts[:, better] = off_there[better], parts_there[:, better]
+            damping = np.clip(np.where(better, damping / 4, damping * 4), 1e-9, 1e9)
+            if (calm >= _CALM).all():
+                break
+        return x
 
-    def solve(self, x: np.ndarray, tolerance: float = 1e-10) -> np.ndarray:
-        """The minimum that lies below `x`."""
-        low, high = (
-            np.array([-40.0, -40.0, -40.0, 0.0, 0.0]),
-            np.array([20.0, 20.0, 20.0, _MOST_EXPONENT, _MOST_EXPONENT]),
-        )
-        x = np.clip(x, low + 1e-6, high - 1e-6)
-        done = least_squares(
-            self._off, x, self._slope, bounds=(low, high), loss="huber", f_scale=DELTA, xtol=tolerance, ftol=tolerance,
-            gtol=1e-12, max_nfev=200,
-        )  # fmt: skip
-        return np.asarray(done.x)
+    def _step(self, x_R5: np.ndarray, off_RN: np.ndarray, parts: np.ndarray, damping_R: np.ndarray) -> np.ndarray:
+        """From x, where residuals and parts of the loss are these."""
+        slope = np.stack([*parts, -parts[1] * self._size_RN, -parts[2] * self._tokens_RN], axis=2)  # [R, N, 5]
+        z_RN = np.abs(off_RN) / DELTA
+        weight_RN = 1 / np.maximum(z_RN, 1)
+        curvature_RN = np.where(z_RN <= 1, 1.0, _CURVED * weight_RN)
+        gradient = ((weight_RN * off_RN)[:, None, :] @ slope)[:, 0]
+        normal = (slope * curvature_RN[:, :, None]).transpose(0, 2, 1) @ slope
+        held = ((x_R5 <= _LOW) & (gradient > 0)) | ((x_R5 >= _HIGH) & (gradient < 0))
+        gradient[held] = 0
+        normal[held[:, :, None] | held[:, None, :]] = 0
+        diagonal = np.einsum("rpp->rp", normal)  # a view
+        diagonal *= 1 + damping_R[:, None]
+        diagonal += 1e-12 + held
+        return np.clip(-np.linalg.solve(normal, gradient[:, :, None])[:, :, 0], -_LONGEST, _LONGEST)
+
+
+def _huber(off_RN: np.ndarray) -> np.ndarray:
+    z = np.abs(off_RN) / DELTA
+    return np.asarray(np.where(z <= 1, z**2 / 2, z - 0.5).sum(axis=1))

@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 
 from perilune.pretrain.scaling import parametric
-from perilune.pretrain.scaling.fit import Fit, Law
+from perilune.pretrain.scaling.fit import Fit
+from perilune.pretrain.scaling.laws import Law
 from perilune.pretrain.scaling.trials import tuned
 
-SIZES = {"params": "parameters", "flops_per_token": "FLOPs a token"}
+SIZES = {"params": "parameters that a token meets, without vocabulary", "flops_per_token": "FLOPs a token"}
+_LEFT_OUT = "0.7"  # grey
 _BEYOND = 10.0  # laws are drawn so far past the largest compute, dashed
 
 
@@ -31,12 +33,13 @@ def draw(fit: Fit, folder: Path) -> list[tuple[str, Path]]:
         plt.close()
         found.append((what, file))
 
-    if fit.bests:
+    bests = fit.minimum.bests
+    if bests:
         _profiles(fit, plt)
-        keep("Loss over size at each budget of compute, with its parabola and minimum", "isoflop")
-    computes = np.array([best.profile.compute for best in fit.bests if best.profile.inside])
+        keep("Loss over size at each budget of compute, with its parabola and minimum; grey: left out", "isoflop")
+    computes = np.array([best.profile.compute for best in bests if best.profile.inside])
     if "m_opt" in fit.laws:
-        sizes = np.array([best.size.value for best in fit.bests if best.profile.inside])
+        sizes = np.array([best.size.value for best in bests if best.profile.inside])
         tokens = computes / sizes / (6 if fit.per == "params" else 1)
         _, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2))
         _law(left, fit.laws["m_opt"], computes, sizes, f"best size, {SIZES[fit.per]}")
@@ -44,9 +47,8 @@ def draw(fit: Fit, folder: Path) -> list[tuple[str, Path]]:
         keep("Best size and tokens over compute", "best")
     if "loss" in fit.laws:
         _, axes = plt.subplots(figsize=(6, 4.2))
-        _law(
-            axes, fit.laws["loss"], computes, np.array([b.profile.least for b in fit.bests if b.profile.inside]), "loss"
-        )
+        losses = np.array([best.profile.least for best in bests if best.profile.inside])
+        _law(axes, fit.laws["loss"], computes, losses, "loss")
         keep("Loss at the best size over compute", "loss")
     if fit.parametric:
         _seen(fit, plt)
@@ -61,15 +63,22 @@ def draw(fit: Fit, folder: Path) -> list[tuple[str, Path]]:
 
 
 def _profiles(fit: Fit, plt: Any) -> None:
+    """Budgets that are left out of the power laws are grey."""
     _, axes = plt.subplots(figsize=(7.5, 5))
-    colours = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(fit.bests)))
-    for best, colour in zip(fit.bests, colours, strict=True):
+    bests = fit.minimum.bests
+    colours = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(bests)))
+    for best, of_its_own in zip(bests, colours, strict=True):
         profile = best.profile
+        colour = of_its_own if profile.inside else _LEFT_OUT
         low, high = min(profile.log_size_n.min(), profile.log_best), max(profile.log_size_n.max(), profile.log_best)
         line = np.linspace(low, high, 100)
         axes.plot(np.exp(line), np.polyval(profile.curve, line - profile.middle), color=colour, lw=1)
-        axes.plot(np.exp(profile.log_size_n), profile.loss_n, "o", ms=4, color=colour, label=f"{profile.compute:.2g}")
+        label = f"{profile.compute:.2g}" + ("" if profile.inside else ", left out")
+        axes.plot(np.exp(profile.log_size_n), profile.loss_n, "o", ms=4, color=colour, label=label)
         axes.plot(best.size.value, profile.least, "*", ms=13, color=colour, mec="black", mew=0.5)
+    for group in fit.minimum.left_out:
+        label = f"{group[0].compute:.2g}, left out"
+        axes.plot([t.size for t in group], [t.loss for t in group], "o", ms=4, color=_LEFT_OUT, label=label)
     axes.set(xscale="log", xlabel=SIZES[fit.per], ylabel="loss")
     axes.legend(title="FLOPs", fontsize=8)
     axes.grid(alpha=0.3)
@@ -81,8 +90,13 @@ def _law(axes: Any, law: Law, computes: np.ndarray, values: np.ndarray, what: st
     axes.plot(computes, values, "o", ms=4, color="grey")
     axes.plot(seen, [law(c) for c in seen], color="C0")
     axes.plot(beyond, [law(c) for c in beyond], "--", color="C0", label="beyond what was measured")
-    exponent = law.exponent
-    axes.set_title(f"{law.k.value:.4g} C^{exponent.value:.4f}   [{exponent.low:.4f}, {exponent.high:.4f}]", fontsize=9)
+    exponent, floor = law.exponent, law.E
+    title = f"{law.k.value:.4g} C^{exponent.value:.4f}   [{exponent.low:.4f}, {exponent.high:.4f}]"
+    if floor:
+        title = f"{floor.value:.4g} + {title}, E [{floor.low:.4g}, {floor.high:.4g}]"
+        if floor.value > law(beyond[-1]) / 2:  # else the rest would be a line at the top
+            axes.axhline(floor.value, color="C0", lw=0.7, ls=":", label="E")
+    axes.set_title(title, fontsize=9)
     axes.set(xscale="log", yscale="log", xlabel="C, FLOPs", ylabel=what)
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3, which="both")

@@ -10,7 +10,8 @@ from perilune.pretrain import rules
 from perilune.pretrain.errors import InputError
 from perilune.pretrain.scaling.laws import DEEPSEEK, Laws, Range
 from perilune.pretrain.scaling.sizes import scaled, size_of
-from perilune.pretrain.schedule import total_tokens
+from perilune.pretrain.scaling.tokens import of_length, rows_of, short_of
+from perilune.pretrain.scaling.words import some
 from perilune.pretrain.schema import Config
 from perilune.pretrain.timetable import rows_multiple
 
@@ -87,8 +88,8 @@ def _predict(laws: Laws, compute: float) -> Prediction:
         # At the best size; which size that is, is no reason to doubt the loss, which is flat there.
         losses.append(Value(laws.loss(size, tokens), laws.loss.interval(size, tokens), "L(N, D)"))
     if law := laws.laws.get("loss"):
-        losses.append(Value(law(compute), law.interval(compute), "k C^exponent"))
-    warnings += _apart(losses)
+        losses.append(Value(law(compute), law.interval(compute), law.form))
+    warnings += _apart(losses, floor=law is None or law.E is not None)
     return Prediction(
         compute, laws.per, Value(size, sizes, by), Value(tokens, of_tokens, by), settings["batch"], settings["lr"],
         tuple(losses), tuple(warnings),
@@ -110,15 +111,16 @@ def _beyond(laws: Laws, compute: float) -> list[str]:
     return []
 
 
-def _apart(losses: Sequence[Value]) -> list[str]:
-    """A warning where intervals of the loss have nothing in common."""
+def _apart(losses: Sequence[Value], floor: bool) -> list[str]:
+    """A warning where intervals of the loss have nothing in common; `floor`: whether the law in C has one."""
     intervals = [loss.interval for loss in losses if loss.interval is not None]
     if len(intervals) < 2 or max(low for low, _ in intervals) <= min(high for _, high in intervals):
         return []
     told = " and ".join(f"{loss.value:.4f} by {loss.by}" for loss in losses)
+    low = "" if floor else "k C^exponent has no floor, and is low far beyond the trials; "
     return [
-        f"the laws of the loss disagree by more than their intervals ({told}): k C^exponent has no floor, and is low "
-        "far beyond the trials; L(N, D) is as good as the sizes that were tried lie far apart"
+        f"the laws of the loss disagree by more than their intervals ({told}): {low}L(N, D) is as good as the sizes "
+        "that were tried lie far apart"
     ]
 
 
@@ -129,8 +131,8 @@ def _times(factor: float) -> str:
 def run_of(found: Prediction, base: Config, world: int) -> Config:
     """`base`, its layers and width scaled to the predicted size, with tokens, batch and learning rate for it.
 
-    Tokens are C over the size that whole layers and widths gave. Warm-up, and a ramp of the batch, keep their parts of
-    the run. Raises InputError for a model that cannot be made, or does not fit `world` processes.
+    Tokens are C over the size that whole layers and widths gave, and schedules in tokens keep their parts of the run.
+    Raises InputError for a model that cannot be made, or does not fit `world` processes.
     """
     length = base.data.seq_len
     # A pipeline's map of layers is of one number of them.
@@ -144,20 +146,33 @@ def run_of(found: Prediction, base: Config, world: int) -> Config:
         raise InputError(
             f"{tokens:,} tokens are less than a batch of {rows} rows of {length}: {found.compute:g} is too little"
         )
-    part = tokens / total_tokens(base.train, length)
+    longer = of_length(base, tokens)
     start = max(1, round(base.train.batch_ramp_start / base.train.global_batch_size * rows))
     train = replace(
-        base.train, steps=0, tokens=tokens, global_batch_size=rows,
-        batch_ramp_tokens=round(base.train.batch_ramp_tokens * part),
+        longer.train, global_batch_size=rows,
         batch_ramp_start=start if base.train.batch_ramp_tokens else base.train.batch_ramp_start,
     )  # fmt: skip
     config = replace(
-        base,
+        longer,
         model=model,
         parallel=parallel,
         train=train,
         optim=replace(base.optim, lr=float(f"{found.lr.value:.3g}")),
-        schedule=replace(base.schedule, warmup_tokens=round(base.schedule.warmup_tokens * part)),
     )
     rules.check(config, world)
     return config
+
+
+def told_of_corpus(config: Config) -> list[str]:
+    """A warning where the run reads its corpus more than once; none of one that is not seen from here."""
+    if not config.data.path and not config.data.blend:
+        return []
+    try:
+        over = short_of(config.data, rows_of(config.data), config.train.tokens)
+    except InputError:
+        return []
+    again = (
+        f"{config.train.tokens:,} tokens are more than the corpus holds: {some(over)}; seen again they teach less than "
+        "the laws say, which are of tokens seen once. Pack more data, or take a smaller budget"
+    )
+    return [again] if over else []

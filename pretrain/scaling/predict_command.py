@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from perilune.pretrain import config as configs
 from perilune.pretrain.errors import InputError
 from perilune.pretrain.plan import hardware
 from perilune.pretrain.plan.counts import parameters
-from perilune.pretrain.scaling.ladder import short
 from perilune.pretrain.scaling.laws import read_fit
-from perilune.pretrain.scaling.predict import Prediction, Value, predict, run_of
+from perilune.pretrain.scaling.predict import Prediction, Value, predict, run_of, told_of_corpus
 from perilune.pretrain.scaling.sizes import size_of
+from perilune.pretrain.scaling.words import short
 from perilune.pretrain.schema import Config
 from perilune.pretrain.train_command import processes_here
 
@@ -43,6 +44,7 @@ def predict_command(
         base = configs.resolve(preset, overrides)
         world = gpus or processes_here(base, 0)
         config = run_of(found, base, world)
+        found = replace(found, warnings=(*found.warnings, *told_of_corpus(config)))
         _write(config, out)
     elif preset or overrides:
         raise InputError(

@@ -14,10 +14,11 @@ from typing import Any
 from perilune.pretrain.errors import Unanswered
 from perilune.pretrain.scaling import ladder as ladders
 from perilune.pretrain.scaling import results
-from perilune.pretrain.scaling.ladder import Planned, short
+from perilune.pretrain.scaling.ladder import Planned
 from perilune.pretrain.scaling.places import Silence, place
 from perilune.pretrain.scaling.results import Book, Outcome, Pace
 from perilune.pretrain.scaling.sweep import Sweep
+from perilune.pretrain.scaling.words import short
 
 FAILED, PREEMPTED = 1, 75
 _AGO_SHOWN = 8  # trials that have ended, the newest, in the live table

@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import fmean
 
 from perilune.pretrain.errors import InputError
+from perilune.pretrain.scaling.words import some
 
 _NUMBERS = ("params", "flops_per_token", "tokens", "loss", "lr", "batch_tokens")
 _ALIKE = ("tokenizer", "data")  # a loss is comparable only where these are equal
@@ -45,21 +46,21 @@ def read_csv(paths: Sequence[Path], mixed: bool = False) -> Trials:
     """The trials of files whose first line names their columns: `params` or `flops_per_token`, `tokens`, `loss`, and if
     they are there `lr`, `batch_tokens`, `tokenizer`, `data`; others are not read.
 
-    A loss that is not finite, or as high as a model's that has learned nothing beside the others, is left out with a
-    warning. Raises InputError for a file that cannot be read, a column that is missing, a value that is no positive
-    number, the same trial twice, sizes of two kinds, and unless `mixed`, tokenizers or data of two kinds, or that only
-    some trials name.
+    Losses that are not finite, or as high as a model's that has learned nothing beside the others, are left out with a
+    warning of each kind. Raises InputError for a file that cannot be read, a column that is missing, a value that is no
+    positive number, the same trial twice, sizes of two kinds, and unless `mixed`, tokenizers or data of two kinds, or
+    that only some trials name.
     """
     trials: list[Trial] = []
     alike: dict[str, dict[str, str]] = {name: {} for name in _ALIKE}  # value -> where it stands first
-    warnings: list[str] = []
+    not_finite: list[str] = []
     seen: dict[tuple[Trial, str, str], str] = {}
     unnamed: dict[str, str] = {}  # column -> the first trial that says nothing there
     for path in paths:
         for name, row in _rows(path):
             trial = _trial(name, row)
             if trial is None:
-                warnings.append(f"{name}: loss {row['loss']!r} is not finite: left out")
+                not_finite.append(f"{name} ({row['loss'].strip()})")
                 continue
             same = (replace(trial, name=""), row.get("trial", ""), row.get("seed", ""))
             if same in seen:
@@ -89,9 +90,9 @@ def read_csv(paths: Sequence[Path], mixed: bool = False) -> Trials:
         told = ", ".join(f"{per} ({name})" for per, name in kinds.items())
         raise InputError(f"sizes of two kinds: {told}; give all trials one of them")
     kept, diverged = _without_diverged(trials)
-    for trial in diverged:
-        warnings.append(f"{trial.name}: loss {trial.loss:g} is far above the others of its compute: left out")
-    return Trials(tuple(kept), tuple(warnings))
+    high = [f"{trial.name} ({trial.loss:g})" for trial in diverged]
+    out = ((not_finite, "is not finite"), (high, "is far above the others of its compute"))
+    return Trials(tuple(kept), tuple(f"loss {what}: left out: {some(found)}" for found, what in out if found))
 
 
 def budgets(trials: Iterable[Trial]) -> list[list[Trial]]:
@@ -120,6 +121,14 @@ def tuned(trials: Iterable[Trial]) -> list[Trial]:
     for _, settings in shapes:
         found += min(settings.values(), key=lambda group: fmean(trial.loss for trial in group))
     return found
+
+
+def averaged(trials: Iterable[Trial]) -> list[Trial]:
+    """Trials that differ by their seed alone as one, with the mean of their losses."""
+    alike: dict[Trial, list[Trial]] = {}
+    for trial in trials:
+        alike.setdefault(replace(trial, name="", loss=0.0), []).append(trial)
+    return [replace(group[0], loss=fmean(trial.loss for trial in group)) for group in alike.values()]
 
 
 def _rows(path: Path) -> Iterable[tuple[str, dict[str, str]]]:

@@ -19,8 +19,10 @@ import pytest
 import slurm_cluster
 from launched_runs import STEPS, metrics, train
 
+from perilune.launch import slurm as slurm_jobs
 from perilune.launch import slurm_script
-from perilune.launch.job import Job, JobError, Papers
+from perilune.launch.job import Job, JobError, NoAnswer, Papers
+from perilune.launch.launchers import refuse_second
 from perilune.launch.slurm_script import Placement, Site
 
 GOLDEN = Path(__file__).with_name("golden")
@@ -147,6 +149,34 @@ def test_sweeps_and_times_that_cannot_be_are_refused() -> None:
         slurm_script.script(job, Placement(signal_before=120), Path("/job.sh"))
     with pytest.raises(JobError, match="have one folder"):
         slurm_script.tasks_of((("a", ("x/y", "x*y")),))
+
+
+@pytest.mark.parametrize(
+    ("said", "state"),
+    [
+        ("sacct: error: Problem talking to the database: Connection refused", "unknown: sacct: sacct: error: Problem"),
+        ("sacct: error: slurm_receive_msg: Socket timed out on send/recv operation", "unknown: sacct: "),
+        ("Slurm accounting storage is disabled", "not submitted"),
+    ],
+)
+def test_accounting_that_does_not_answer_is_no_accounting_that_is_not_there(
+    said: str, state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a submission whose answer was lost, and which squeue does not know any more."""
+    for name, line in (("squeue", "exit 0"), ("sacct", f"echo '{said}' >&2; exit 1")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(slurm_jobs, "_ON_ITS_WAY_S", 0.0)
+    where = {"launcher": "slurm", "jobs": [], "mark": "perilune_0123456789abcdef"}
+    assert slurm_jobs.state(where).startswith(state)
+    papers = Papers(tmp_path / "run")
+    papers.write(Job(("train",), tmp_path / "run", folder=tmp_path), where)
+    if state.startswith("unknown"):
+        with pytest.raises(NoAnswer, match="may be under way: sacct"):
+            refuse_second(papers)
+    else:
+        refuse_second(papers)
 
 
 # --- a real one ---------------------------------------------------------------------------------------------------

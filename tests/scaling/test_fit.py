@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from scipy.optimize import minimize
+from scipy.optimize import least_squares, minimize
 
 from perilune.pretrain.errors import InputError
-from perilune.pretrain.scaling import isoflop, parametric
-from perilune.pretrain.scaling.fit import fit
-from perilune.pretrain.scaling.laws import read_fit
+from perilune.pretrain.scaling import parametric, power
+from perilune.pretrain.scaling.fit import fit, minima_laws
+from perilune.pretrain.scaling.fit_command import fit_command
+from perilune.pretrain.scaling.laws import Law, read_fit
 from perilune.pretrain.scaling.predict import predict
+from perilune.pretrain.scaling.settings import settings_law
 from perilune.pretrain.scaling.trials import Trial, Trials, budgets, read_csv, tuned
 
 # Of arXiv 2203.15556, section D.3; with C = 6 N D the best size follows from them (its equation 4).
@@ -65,40 +68,77 @@ def test_the_minimum_is_scipys_own() -> None:
     assert objective(ours) <= min(other.fun for other in others) * (1 + 1e-4)
 
 
-def test_the_interval_of_the_best_size_holds_the_truth() -> None:
-    """In at least 90 of 100 draws of noise, for both constants of M_opt and both of D_opt."""
+def held(law: Law, truth: tuple[float, ...]) -> np.ndarray:
+    """Of each constant whether its interval holds the truth."""
+    constants = [law.k, law.exponent, *([law.E] if law.E else [])]
+    return np.array([one.low <= true <= one.high for one, true in zip(constants, truth, strict=True)])
+
+
+def power_law(values: np.ndarray) -> tuple[float, float]:
+    """(k, exponent) of values at COMPUTES that lie on one."""
+    exponent, log_k = np.polyfit(np.log(COMPUTES), np.log(values), 1)
+    return float(np.exp(log_k)), float(exponent)
+
+
+def test_the_intervals_of_best_size_and_least_loss_hold_the_truth() -> None:
+    """In at least 90 of 100 draws of noise, for both constants of M_opt and of D_opt and all three of the loss."""
     # A parabola is not the law itself: within a factor of two of the minimum it is, to a hundredth of the interval.
-    true_m = np.polyfit(np.log(COMPUTES), np.log([best_size(c) for c in COMPUTES]), 1)
-    held = np.zeros(2)
+    sizes = np.array([best_size(compute) for compute in COMPUTES])
+    least = parametric.loss(TRUTH, sizes, COMPUTES / 6 / sizes)
+    truth = {"m_opt": power_law(sizes), "d_opt": power_law(COMPUTES / 6 / sizes)}
+    truth["loss"] = (*power_law(least - TRUTH[0]), TRUTH[0])
+    assert truth["loss"][1] == pytest.approx(-TRUTH[3] * TRUTH[4] / (TRUTH[3] + TRUTH[4]))
+    count = {name: np.zeros(len(constants)) for name, constants in truth.items()}
     for seed in range(100):
         groups = budgets(trials(0.002, seed, wide=2.5, count=9))
-        profiles = [isoflop.profile(group) for group in groups]
-        rng = np.random.default_rng(seed)
-        computes = np.array([p.compute for p in profiles if p is not None])
-        refits = []
-        for _ in range(60):
-            again = [isoflop.resample(p, rng) for p in profiles if p is not None]
-            law = isoflop.power_law(computes, np.exp([p.log_best for p in again]))
-            refits.append((law.exponent, law.log_k))
-        low, high = np.percentile(refits, [2.5, 97.5], axis=0)
-        held += (low <= true_m) & (true_m <= high)
-    assert (held >= 90).all(), held
+        found = minima_laws(groups, "params", np.random.default_rng(seed), 100)
+        for name, constants in truth.items():
+            count[name] += held(found.laws[name], constants)
+    assert all((held >= 90).all() for held in count.values()), count
 
 
 def test_the_intervals_of_the_parametric_law_hold_the_truth() -> None:
     """In at least 90 of 100 draws, for each of five constants."""
-    held = np.zeros(5)
+    count = np.zeros(5)
     for seed in range(100):
         sizes, tokens, losses = arrays(trials(0.002, seed))
+        theta = parametric.fit(sizes, tokens, losses)
+        drawn = np.random.default_rng(seed).integers(0, len(sizes), (60, len(sizes)))
+        low, high = np.percentile(parametric.refit(theta, sizes, tokens, losses, drawn), [2.5, 97.5], axis=0)
+        count += (low <= TRUTH) & (high >= TRUTH)
+    assert (count >= 90).all(), count
+
+
+def grids(rng: np.random.Generator, noise: float = 5e-4, steps: int = 5) -> list[Trial]:
+    """At each budget one size with `steps` learning rates and batch sizes, which DeepSeek LLM's laws lie between."""
+    given = []
+    x, y = np.meshgrid(*[np.arange(steps) - (steps - 1) / 2] * 2)
+    for compute in COMPUTES:
+        size = best_size(compute)
+        off_lr, off_batch = rng.uniform(-0.5, 0.5, 2)
+        bowl = 3 * (1 + 0.01 * (x - off_lr) ** 2 + 0.01 * (y - off_batch) ** 2)
+        losses = bowl * np.exp(rng.normal(0, noise, x.shape))
+        lrs = 0.3118 * compute**-0.125 * 2 ** (x - off_lr)
+        batches = 0.2920 * compute**0.3271 * 2 ** (y - off_batch)
+        given += [
+            Trial(f"{compute:.3g}", size, "params", compute / 6 / size, *map(float, row))
+            for row in zip(losses.flat, lrs.flat, batches.flat, strict=True)
+        ]
+    return given
+
+
+def test_the_intervals_of_learning_rate_and_batch_size_hold_the_truth() -> None:
+    """In at least 90 of 100 draws of noise and of where the best lies between the grid's five values."""
+    truth = {"lr": (0.3118, -0.125), "batch_tokens": (0.2920, 0.3271)}
+    count = {key: np.zeros(2) for key in truth}
+    for seed in range(100):
         rng = np.random.default_rng(seed)
-        theta = parametric.refit(TRUTH * 1.05, sizes, tokens, losses)
-        refits = []
-        for _ in range(40):
-            drawn = rng.integers(0, len(sizes), len(sizes))
-            refits.append(parametric.refit(theta, sizes[drawn], tokens[drawn], losses[drawn]))
-        low, high = np.percentile(refits, [2.5, 97.5], axis=0)
-        held += (low <= TRUTH) & (high >= TRUTH)
-    assert (held >= 90).all(), held
+        groups = budgets(grids(rng))
+        for key, constants in truth.items():
+            law, _ = settings_law(groups, key, rng, 100)
+            assert law is not None
+            count[key] += held(law, constants)
+    assert all((held >= 90).all() for held in count.values()), count
 
 
 def test_learning_rate_and_batch_size() -> None:
@@ -137,6 +177,81 @@ def test_edges_and_outliers_are_named() -> None:
     assert len(json.dumps(found.to_dict(), allow_nan=False)) > 500
 
 
+@pytest.mark.parametrize("E", [0.0, 0.3, 1.69])
+@pytest.mark.parametrize("exponent", [0.03, 0.15, 0.6])
+def test_the_law_with_a_floor_is_the_least_squares(E: float, exponent: float) -> None:
+    """Without noise its constants come back; with it scipy finds nothing lower, from the truth."""
+    k = 2 * COMPUTES[0] ** exponent
+    exact = E + k * COMPUTES**-exponent
+    noisy = exact * np.exp(np.random.default_rng(0).normal(0, 1e-3, (5, len(COMPUTES))))
+    found = power.floor_laws(COMPUTES, np.vstack([exact, noisy]))
+    assert found[0] == pytest.approx((k, -exponent, E), rel=1e-3, abs=1e-3)
+
+    def off(x: np.ndarray, losses: np.ndarray) -> np.ndarray:
+        return np.asarray((x[0] + x[1] * (COMPUTES / COMPUTES[0]) ** -x[2]) / losses - 1)
+
+    for losses, (ours_k, ours_exponent, ours_E) in zip(noisy, found[1:], strict=True):
+        other = least_squares(off, (E, 2, exponent), bounds=([0, 0, 0], [10, 1e3, 3]), args=(losses,))
+        ours = off(np.array([ours_E, ours_k * COMPUTES[0] ** ours_exponent, -ours_exponent]), losses)
+        assert (ours**2).sum() <= 2 * other.cost * (1 + 1e-4) + 1e-12
+
+
+def test_a_loss_that_does_not_fall_has_no_law() -> None:
+    assert np.isnan(power.floor_laws(COMPUTES, 3 + np.linspace(0, 1, len(COMPUTES))[None])).all()
+
+
+def test_three_budgets_have_no_floor_and_one_that_cannot_be_told_is_told() -> None:
+    rng = np.random.default_rng(0)
+    groups = budgets(trials(0.002, wide=2.5, count=9))
+    three = minima_laws(groups[:3], "params", rng, 100)
+    assert three.laws["loss"].E is None and not three.warnings
+    all_five = minima_laws(groups, "params", rng, 100)
+    assert all_five.laws["loss"].E is not None and not all_five.warnings
+    noisy = minima_laws(budgets(trials(0.006, seed=8, wide=2.5, count=9)), "params", rng, 100)
+    assert noisy.laws["loss"].E is not None and noisy.laws["loss"].E.low == 0
+    assert any("its floor E cannot be told from these 4 budgets" in warning for warning in noisy.warnings)
+
+
+@pytest.mark.parametrize("place", range(7))
+@pytest.mark.parametrize("times", [0.96, 1.04, 1.2])
+def test_one_wrong_trial_does_not_steer_the_best_size(place: int, times: float) -> None:
+    """At each place of the last budget, which the power law hangs on most."""
+    given = trials(0.001)
+    groups = budgets(given)
+    wrong = groups[-1][place]
+    groups[-1][place] = Trial("runs.csv:12", wrong.size, "params", wrong.tokens, wrong.loss * times)
+    found = minima_laws(groups, "params", np.random.default_rng(0), 200)
+    assert list(found.outliers) == ["runs.csv:12"]
+    sizes = np.array([best_size(compute) for compute in COMPUTES])
+    assert held(found.laws["m_opt"], power_law(sizes)).all(), found.laws["m_opt"]
+    plain = minima_laws(budgets(given), "params", np.random.default_rng(0), 200)
+    assert not plain.outliers
+    # Left in, it makes the interval up to 16 times as wide.
+    law, right = found.laws["m_opt"].exponent, plain.laws["m_opt"].exponent
+    assert law.high - law.low < 2.5 * (right.high - right.low)
+
+
+def test_seeds_are_averaged_and_a_best_setting_at_the_edge_is_left_out() -> None:
+    rng = np.random.default_rng(0)
+    given = grids(rng)
+    # One lucky seed at the edge of the largest budget, and two that are not.
+    last = [trial for trial in given if trial.compute == max(t.compute for t in given)]
+    least, edge = min(trial.loss for trial in last), min(last, key=lambda trial: (trial.lr, trial.batch_tokens))
+    given += [replace(edge, loss=least * factor) for factor in (0.99, 1.1)]
+    for key in ("lr", "batch_tokens"):
+        law, warnings = settings_law(budgets(given), key, rng, 20)
+        assert law is not None and not warnings
+    # Without the higher rates the best of one budget may lie anywhere beyond.
+    best = min(last, key=lambda trial: trial.loss)
+    half = [t for t in given if t.compute < best.compute or (t.lr or 0) <= (best.lr or 0)]
+    law, (warning,) = settings_law(budgets(half), "lr", rng, 20)
+    assert law is not None and "lr_opt: budget 6e+20: the near-optimal values reach the edge" in warning
+    assert "left out; try beyond it" in warning
+    few = [trial for trial in half if trial.compute > 2 * COMPUTES[1]]
+    law, warnings = settings_law(budgets(few), "lr", rng, 20)
+    assert law is None and "lr_opt: a law needs 3 budgets with values on both sides of the best, not 2" in warnings
+
+
 HEAD = "params,tokens,loss,lr,data\n"
 
 
@@ -169,13 +284,49 @@ def test_bad_trials_are_refused(tmp_path: Path, text: str, message: str) -> None
 
 def test_one_budget_and_diverged_runs(tmp_path: Path) -> None:
     one = [t for t in trials() if t.compute < 2 * COMPUTES[0]]
-    lines = [f"{t.size},{t.tokens},{t.loss}" for t in one] + ["1e8,1e10,nan", f"{one[3].size},{one[3].tokens},11.2"]
+    lines = [f"{t.size},{t.tokens},{t.loss}" for t in one] + [f"{one[3].size},{one[3].tokens},11.2"]
+    lines += ["1e8,1e10,nan"] * 6
     (tmp_path / "t.csv").write_text("params,tokens,loss\n" + "\n".join(lines) + "\n")
     found = read_csv([tmp_path / "t.csv"])
     assert len(found.all) == len(one) and len(found.warnings) == 2
-    assert "not finite" in found.warnings[0] and "far above" in found.warnings[1]
+    assert "loss is not finite: left out: " in found.warnings[0] and "t.csv:10 (nan), " in found.warnings[0]
+    assert found.warnings[0].endswith(" and 2 more") and "far above" in found.warnings[1]
     with pytest.raises(InputError, match="3 budgets of compute or more, not of 1: within one"):
         fit(found, draws=5)
+
+
+def test_a_folder_without_trials_is_told(tmp_path: Path) -> None:
+    for file, message in (("a.txt", "has no trials.csv: name the folder of a"), ("ladder.json", "has ended")):
+        (tmp_path / file).write_text("{}")
+        with pytest.raises(InputError, match=message):
+            fit_command([tmp_path], tmp_path / "fit")
+        assert not (tmp_path / "fit").exists()
+
+
+def test_what_is_printed_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A budget that is left out is drawn grey; numbers stand below each other; no line is empty."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    from perilune.pretrain.scaling import pictures
+
+    given = [t for t in trials(0.001) if t.compute > 2 * COMPUTES[0] or t.size > 1.1 * best_size(t.compute)]
+    given += [replace(t, tokens=t.tokens / 1000) for t in given[-3:]]
+    rows = [f"{t.size},{t.tokens},{t.loss}" for t in given]
+    (tmp_path / "trials.csv").write_text("params,tokens,loss\n" + "\n".join(rows) + "\n")
+    assert fit_command([tmp_path], tmp_path / "fit") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert all(lines) and lines[-1].startswith(f"{len(given)} trials: ")
+    table = [line for line in lines if not line.startswith(("warning: ", f"{len(given)} trials"))]
+    assert {len(line) for line in table} == {len(table[0])} and table[0].split() == ["constant", "value", "low", "high"]
+    pictures._profiles(fit(Trials(tuple(given)), draws=50), pyplot)
+    legend = pyplot.gca().get_legend()
+    assert legend is not None
+    labels = [text.get_text() for text in legend.get_texts()]
+    assert {label for label in labels if label.endswith(", left out")} == {"6e+18, left out", "6e+17, left out"}
+    assert len(labels) == 6
 
 
 def test_noise_that_hides_everything_is_told_and_written() -> None:

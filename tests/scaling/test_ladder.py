@@ -20,6 +20,7 @@ from perilune.pretrain.plan.counts import flops_per_token, scaling_flops
 from perilune.pretrain.scaling.ladder import Planned, fingerprints, plan, read_ladder
 from perilune.pretrain.scaling.results import Book
 from perilune.pretrain.scaling.sizes import scaled, size_of
+from perilune.pretrain.schedule import total_tokens
 from perilune.pretrain.schema import Model
 
 BASE = """
@@ -92,6 +93,20 @@ def test_a_blend_counts_each_dataset(here: Path) -> None:
     assert configs.resolve("tiny", trials[0].words) == trials[0].config
 
 
+def test_the_schedule_of_a_blend_keeps_its_parts_in_every_trial(here: Path) -> None:
+    """So that all trials are of the same data; and `perilune fit` may put ladders of other budgets beside them."""
+    whole = total_tokens(presets.get("tiny").train, 64)
+    blend = f"{{packed/train: {{0: 0.9, {whole // 4}: 0.5}}, packed/valid: 0.1}}"
+    text = BASE.replace("data.path: packed/train", f"valid.path: packed/valid, data.blend: {blend}") + "passes: 100\n"
+    trials = planned(here, text)
+    for trial in trials:
+        first, _ = trial.config.data.blend.values()
+        assert first == {0: 0.9, round(trial.tokens * (whole // 4) / whole): 0.5}
+        assert configs.resolve("tiny", trial.words) == trial.config
+    assert len({fingerprints(trial.config)["data"] for trial in trials}) == 1
+    assert json.loads(fingerprints(trials[0].config)["data"].partition(" ")[2]) == [{"0.0": 0.9, "0.25": 0.5}, 0.1]
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
@@ -101,7 +116,8 @@ def test_a_blend_counts_each_dataset(here: Path) -> None:
         ("3.0e+9, 6.0e+9", "6.0e+9, 6.0e+9", "each once"),
         ("3.0e+9,", "1.0e+8,", r"1e08_a_lr\S+ \(2 steps of 128 tokens\).*needs 20 steps or more"),
         ("1.2e+10]", "8.0e+10]", r"8e10_a_\S+ \(200,\d+ of \S+/train's 7\d,\d+\).*passes: 2"),
-        ("data.path: packed/train", "data.path: nowhere", "no packed dataset at"),
+        ("data.path: packed/train", "data.path: nowhere", "no packed dataset at .*: say valid.path under `set`$"),
+        ("packed/train}", "packed/train, valid.every: 0}", "set: valid.every=0: a trial's loss is that of its validat"),
         ("data.path: packed/train", "model.num_layers: 2", "data.path or data.blend must stand under `set`"),
         ("packed/train}", "packed/train, optim.lr: 1}", "optim.lr is the ladder's own, by lr and law"),
         ("packed/train}", "packed/train, modle.x: 1}", "unknown key 'modle.x'"),

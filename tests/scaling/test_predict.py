@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 
 from perilune.pretrain import config as configs
+from perilune.pretrain.data.manifest import read_manifest
 from perilune.pretrain.errors import InputError
 from perilune.pretrain.plan.counts import scaling_flops
 from perilune.pretrain.plan.hardware import flops_per_s
 from perilune.pretrain.scaling.laws import read_fit
-from perilune.pretrain.scaling.predict import predict
+from perilune.pretrain.scaling.predict import Prediction, Value, predict, run_of, told_of_corpus
+from perilune.pretrain.scaling.sizes import size_of
+from perilune.pretrain.schema import Config
 
-# arXiv 2401.02954, section 3; trials of 1e17 to 3e20 FLOPs.
-PUBLISHED: dict[str, Any] = {
-    "per": "flops_per_token",
-    "compute": {"least": 1e17, "most": 3e20},
-    "m_opt": {"k": {"value": 0.1715}, "exponent": {"value": 0.5243}},
-    "lr_opt": {"k": {"value": 0.3118}, "exponent": {"value": -0.1250}},
-    "batch_opt": {"k": {"value": 0.2920}, "exponent": {"value": 0.3271}},
-}
+# DeepSeek LLM's laws (arXiv 2401.02954, section 3; trials of 1e17 to 3e20 FLOPs), as docs/scaling.md has them.
+DOCS = (Path(__file__).parents[2] / "docs" / "scaling.md").read_text()
+PUBLISHED: dict[str, Any] = json.loads(DOCS.partition("```json\n")[2].partition("```")[0])
 
 
 def write(folder: Path, found: dict[str, Any]) -> Path:
@@ -54,6 +54,15 @@ def test_deepseek_llms_formulas_give_its_settings(
     assert found.tokens.value == pytest.approx(5.8316 * compute**0.4757, rel=1e-3)
     factor = compute / 3e20
     assert f"{factor:,.0f} times the largest trial's 3e+20" in found.warnings[0]
+
+
+def test_the_docs_show_what_is_printed(tmp_path: Path, perilune: Any) -> None:
+    """DeepSeek LLM's laws asked for its 7B on 2T tokens."""
+    (tmp_path / "deepseek.json").write_text(json.dumps(PUBLISHED))
+    _, _, shown = DOCS.partition("$ perilune predict deepseek.json")
+    words, _, said = shown.partition("```")[0].partition("\n")
+    done = perilune("predict", "deepseek.json", *words.split())
+    assert done.returncode == 0 and done.stdout == said
 
 
 def test_intervals_are_those_of_the_draws(tmp_path: Path) -> None:
@@ -105,6 +114,76 @@ def test_laws_of_the_loss_that_disagree_are_told(tmp_path: Path) -> None:
         found = PUBLISHED | {"parametric": {name: {"value": value} for name, value in theta.items()}, "loss": law}
         said = predict(read_fit(write(tmp_path, found | {"draws": {"parametric": [row, row]}})), 1e20)
         assert any("disagree by more than their intervals" in warning for warning in said.warnings) == apart, said
+        assert any("has no floor" in warning for warning in said.warnings) == apart
+    law = {"k": {"value": 1.0}, "exponent": {"value": -0.1}, "E": {"value": 1.69, "low": 1.6, "high": 1.7}}
+    said = predict(read_fit(write(tmp_path, found | {"loss": law, "draws": {"parametric": [row, row]}})), 1e20)
+    (told,) = [warning for warning in said.warnings if "disagree by more than their intervals" in warning]
+    assert "by E + k C^exponent" in told and "no floor" not in told
+
+
+def test_a_law_with_a_floor(tmp_path: Path) -> None:
+    """Its draws hold three constants; without them all corners of the three intervals are possible."""
+    law = {
+        "k": {"value": 10.0},
+        "exponent": {"value": -0.05, "low": -0.06, "high": -0.04},
+        "E": {"value": 1.5, "low": 1.0, "high": 2.0},
+    }
+    said = predict(read_fit(write(tmp_path, PUBLISHED | {"loss": law})), 1e20)
+    (loss,) = said.losses
+    assert (loss.value, loss.by) == (pytest.approx(1.5 + 10 * 0.1), "E + k C^exponent")
+    assert loss.interval == pytest.approx((1 + 10 * 1e20**-0.06, 2 + 10 * 1e20**-0.04))
+    rows = [[10.0, -0.05, 1.4], [10.0, -0.05, 1.6]]
+    drawn = predict(read_fit(write(tmp_path, PUBLISHED | {"loss": law, "draws": {"loss": rows}})), 1e20)
+    assert drawn.losses[0].interval == pytest.approx((2.4 + 0.025 * 0.2, 2.6 - 0.025 * 0.2))
+    plain = {name: constant for name, constant in law.items() if name != "E"}
+    assert predict(read_fit(write(tmp_path, PUBLISHED | {"loss": plain})), 1e20).losses[0].by == "k C^exponent"
+    with pytest.raises(InputError, match=r"draws\.loss: each row has the 2 constants k, exponent"):
+        read_fit(write(tmp_path, PUBLISHED | {"loss": plain, "draws": {"loss": rows}}))
+
+
+# Keys that say a number of tokens of the run, which another length stretches; and those that speak of tokens otherwise:
+# of a row, of a part of the run, of what a loss is a mean over.
+STRETCHED = {"train.tokens", "train.batch_ramp_tokens", "schedule.warmup_tokens", "data.blend"}
+OTHERWISE = {
+    "model.num_nextn_predict_layers", "vision.merge_size", "vision.token_share", "contrastive.caption_weight",
+    "train.global_batch_size", "data.seq_len", "schedule.bias_freeze_ratio", "parallel.overlap_ep",
+}  # fmt: skip
+
+
+def test_every_key_in_tokens_is_stretched_to_the_length_of_the_run() -> None:
+    """A new key that speaks of tokens must be in one of the lists above."""
+    found = {
+        f"{section}.{name}"
+        for section, kind in get_type_hints(Config).items()
+        if is_dataclass(kind)
+        for line in inspect.getsource(kind).splitlines()
+        if ("token" in line or "dict[" in line) and (name := line.strip().split(":")[0]) in kind.__dataclass_fields__
+    }
+    assert found == STRETCHED | OTHERWISE
+    words = [
+        "train.steps=0", "train.tokens=1000000", "train.batch_ramp_tokens=200000", "train.batch_ramp_start=2",
+        "schedule.warmup_tokens=10000", "data.blend={web: {0: 0.9, 600000: 0.5}, code: 0.1}", "valid.every=0",
+    ]  # fmt: skip
+    base = configs.resolve("tiny", words)
+    size = size_of(base.model, 64, "flops_per_token")
+    for times in (0.01, 1, 30):
+        said = [Value(value, None, "") for value in (size, times * 1e6, 512, 1e-3)]
+        longer = run_of(Prediction(size * times * 1e6, "flops_per_token", *said, (), ()), base, 1)
+        assert longer.train.tokens == pytest.approx(times * 1e6)
+        assert longer.train.batch_ramp_tokens == pytest.approx(times * 2e5)
+        assert longer.schedule.warmup_tokens == pytest.approx(times * 1e4)
+        assert longer.data.blend == {"web": {0: 0.9, round(times * 6e5): 0.5}, "code": 0.1}
+
+
+def test_a_run_that_reads_its_corpus_twice_is_told(packed: Path, tmp_path: Path) -> None:
+    def told(path: Path, tokens: int) -> list[str]:
+        return told_of_corpus(configs.resolve("tiny", [f"data.path={path}", f"train.tokens={tokens}", "train.steps=0"]))
+
+    held = 64 * int(read_manifest(packed)["rows"])
+    (warning,) = told(packed, 3 * held)
+    assert f"{3 * held:,} of {packed}'s {held:,}; seen again they teach less" in warning and "Pack more" in warning
+    assert not told(packed, held) and not told(tmp_path / "elsewhere", 3 * held)
+    assert not told_of_corpus(configs.resolve("tiny", []))
 
 
 def test_the_command_writes_a_configuration_of_that_size(tmp_path: Path, perilune: Any) -> None:

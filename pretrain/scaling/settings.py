@@ -1,0 +1,81 @@
+"""Power laws of learning rate and batch size: through the settings that were near-optimal at each budget of compute.
+
+DeepSeek LLM, arXiv 2401.02954, section 3.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from perilune.pretrain.scaling import power
+from perilune.pretrain.scaling.isoflop import LEAST_BUDGETS
+from perilune.pretrain.scaling.laws import Law
+from perilune.pretrain.scaling.trials import Trial, averaged
+
+NEAR = 0.0025  # near-optimal: within so much of a budget's least loss
+_LEAST_VALUES = 3  # of one size, to be a grid: one value a size is a rule
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """The near-optimal values of a budget."""
+
+    compute: float
+    values: np.ndarray
+    step: float  # of the logarithms of the values tried
+    inside: bool  # whether worse ones were tried on both sides
+    tried: tuple[float, float]  # the least and the largest
+
+
+def settings_law(
+    groups: Sequence[Sequence[Trial]], key: str, rng: np.random.Generator, draws: int
+) -> tuple[Law | None, list[str]]:
+    """The law of a Trial's `key`, lr or batch_tokens, and warnings; None where fewer than LEAST_BUDGETS budgets tried
+    values on both sides of their best.
+
+    What is best is known no better than the steps of the grid: refits move each value by up to half of one.
+    """
+    grids = [grid for group in groups if (grid := _grid(group, key)) is not None]
+    what = {"lr": "lr_opt", "batch_tokens": "batch_opt"}[key]
+    warnings = [
+        f"{what}: budget {grid.compute:.3g}: the near-optimal values reach the edge of those tried "
+        f"({grid.tried[0]:g} to {grid.tried[1]:g}): left out; try beyond it"
+        for grid in grids
+        if not grid.inside
+    ]
+    inside = [grid for grid in grids if grid.inside]
+    if len(inside) < LEAST_BUDGETS:
+        need = f"{what}: a law needs {LEAST_BUDGETS} budgets with values on both sides of the best, not {len(inside)}"
+        return None, [*warnings, need] if grids else []
+    computes = np.concatenate([np.full(len(grid.values), grid.compute) for grid in inside])
+    moved = np.concatenate([_moved(grid, rng, draws) for grid in inside], axis=1)
+    found = power.power_laws(computes, np.concatenate([grid.values for grid in inside])[None])[0]
+    return power.law(found, power.power_laws(computes, moved)), warnings
+
+
+def _grid(group: Sequence[Trial], key: str) -> _Grid | None:
+    """Of a budget's trials; None where no size has _LEAST_VALUES."""
+    by_size: dict[float, set[float]] = {}
+    for trial in group:
+        if (value := getattr(trial, key)) is not None:
+            by_size.setdefault(trial.size, set()).add(value)
+    sizes = {size for size, values in by_size.items() if len(values) >= _LEAST_VALUES}
+    tried = averaged(trial for trial in group if trial.size in sizes and getattr(trial, key) is not None)
+    if not tried:
+        return None
+    values = np.unique([getattr(trial, key) for trial in tried])
+    least = min(trial.loss for trial in tried)
+    good = [trial for trial in tried if trial.loss <= least * (1 + NEAR)]
+    near = np.array([getattr(trial, key) for trial in good])
+    inside = bool(values[0] < near.min() and near.max() < values[-1])
+    compute = float(np.mean([trial.compute for trial in good]))
+    return _Grid(compute, near, float(np.median(np.diff(np.log(values)))), inside, (values[0], values[-1]))
+
+
+def _moved(grid: _Grid, rng: np.random.Generator, draws: int) -> np.ndarray:
+    """Its values drawn with replacement, each moved within its step [draws, values]."""
+    drawn = rng.choice(grid.values, (draws, len(grid.values)))
+    return np.asarray(drawn * np.exp(grid.step * rng.uniform(-0.5, 0.5, drawn.shape)))
