@@ -48,7 +48,7 @@ def settings_law(
     ]
     inside = [grid for grid in grids if grid.inside]
     if len(inside) < LEAST_BUDGETS:
-        need = f"{what}: a law needs {LEAST_BUDGETS} budgets with values on both sides of the best, not {len(inside)}"
+        need = f"{what}: a law needs {LEAST_BUDGETS} budgets with values on both sides of the best; {len(inside)} have"
         return None, [*warnings, need] if grids else []
     computes = np.concatenate([np.full(len(grid.values), grid.compute) for grid in inside])
     moved = np.concatenate([_moved(grid, rng, draws) for grid in inside], axis=1)

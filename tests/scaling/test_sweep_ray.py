@@ -1,4 +1,4 @@
-"""A sweep of nine trials on a real Ray cluster with tokens, killed half way and continued while the cluster cannot be
+"""A sweep of twelve trials on a real Ray cluster with tokens, killed half way and continued while the cluster cannot be
 reached; none runs twice."""
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ sizes:
   a: {model.num_layers: 2, model.hidden_size: 32}
   b: {model.num_layers: 2, model.hidden_size: 40}
   c: {model.num_layers: 2, model.hidden_size: 48}
+  d: {model.num_layers: 2, model.hidden_size: 56}
 law: {lr: {k: 0.005, exponent: 0}, batch: {k: 128, exponent: 0}}
 """
 
@@ -86,20 +87,20 @@ def reads(word: str, process: subprocess.Popen[str]) -> str:
 
 
 @pytest.mark.timeout(400)
-def test_nine_trials_killed_half_way_and_continued(cluster: Nodes, packed: Path, tmp_path: Path) -> None:
+def test_twelve_trials_killed_half_way_and_continued(cluster: Nodes, packed: Path, tmp_path: Path) -> None:
     ladder, folder = tmp_path / "ladder.yaml", tmp_path / "sweep"
     ladder.write_text(LADDER % packed)
     between = Forwarder(int(cluster.address.rpartition(":")[2]))
     between.lose = b"POST /api/jobs/"  # the first job's, which is taken
     first = start(ladder, folder, between.port)
-    until(lambda: len(rows(folder)) >= 4, first)
+    until(lambda: len(rows(folder)) >= 5, first)
     assert between.lose == b""
     whole = [psutil.Process(first.pid), *psutil.Process(first.pid).children(recursive=True)]
     for process in whole:  # the jobs are the cluster's, and go on
         process.kill()
     first.communicate()
     before = rows(folder)
-    assert 4 <= len(before) < 9 and {row["state"] for row in before.values()} == {"done"}
+    assert 5 <= len(before) < 12 and {row["state"] for row in before.values()} == {"done"}
 
     between.close()
     second = start(ladder, folder, between.port)
@@ -120,11 +121,11 @@ def test_nine_trials_killed_half_way_and_continued(cluster: Nodes, packed: Path,
     between.open()
     more, _ = again.communicate(timeout=150)
     said += more
-    assert again.returncode == 0 and "9 of 9 trials done" in said, said
+    assert again.returncode == 0 and "12 of 12 trials done" in said, said
     assert said.count("does not answer since") == said.count("answers again") == 1, said
     after = rows(folder)
-    assert len(after) == 9 and all(after[name] == row for name, row in before.items())
-    assert len(jobs(cluster)) == 9 and {job["status"] for job in jobs(cluster)} == {"SUCCEEDED"}
+    assert len(after) == 12 and all(after[name] == row for name, row in before.items())
+    assert len(jobs(cluster)) == 12 and {job["status"] for job in jobs(cluster)} == {"SUCCEEDED"}
     for name, row in after.items():
         run = folder / "runs" / name
         events = [json.loads(line) for line in (run / "launch" / "events.jsonl").read_text().splitlines()]
@@ -135,6 +136,6 @@ def test_nine_trials_killed_half_way_and_continued(cluster: Nodes, packed: Path,
         assert float(row["flops_per_token"]) * int(row["tokens"]) == pytest.approx(float(row["budget"]), rel=0.025)
     assert TOKEN not in "".join(file.read_text(errors="replace") for file in folder.rglob("*") if file.is_file())
     read = read_csv([folder / "trials.csv"])
-    assert len(read.all) == 9 and {trial.per for trial in read.all} == {"flops_per_token"} and not read.warnings
-    assert [len(group) for group in budgets(read.all)] == [3, 3, 3]
+    assert len(read.all) == 12 and {trial.per for trial in read.all} == {"flops_per_token"} and not read.warnings
+    assert [len(group) for group in budgets(read.all)] == [4, 4, 4]
     assert fit(read, draws=10).parametric
