@@ -18,9 +18,14 @@ _KEPT = (1 << 31) - 1  # free bytes at the top of the heap that are not given ba
 
 def keep_freed() -> bool:
     """From here on what this process frees stays with it. False where the C library is not glibc: nothing changes."""
+    return set_thresholds(_MAPPED, _KEPT)
+
+
+def set_thresholds(mapped: int, kept: int) -> bool:
+    """Map what is of `mapped` bytes or more; give back what lies free at the top of the heap beyond `kept` bytes."""
     if not sys.platform.startswith("linux"):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return mallopt is not None and all(
-        mallopt(option, value) == 1 for option, value in ((_M_MMAP_THRESHOLD, _MAPPED), (_M_TRIM_THRESHOLD, _KEPT))
+        mallopt(option, value) == 1 for option, value in ((_M_MMAP_THRESHOLD, mapped), (_M_TRIM_THRESHOLD, kept))
     )

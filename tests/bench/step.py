@@ -11,15 +11,17 @@ weights for every token, 52 GB here) and torch's fused AdamW, in bf16 both with 
 bf16; Megatron-core as tests/bench/megatron_local.py says, in bf16 with fp32 masters, as Perilune always has them.
 `matmul fraction` is model FLOPs a second over the rate of a large matmul in the type in which Perilune multiplies (fp32
 where this CPU is slower with bf16: `kernels/matmul.py`), the median of a second's before every step of ours: as much of
-it as of the step falls into moments when others take the cores. Memory (rss) is the peak resident size of a process of
-its own that takes two steps; transformers' in bf16 is that with autocast, whose weights and optimizer state are fp32
-like ours.
+it as of the step falls into moments when others take the cores. Perilune's processes tell glibc to keep freed memory
+(`parallel/memory.py`); rivals run with it as it is shipped, or with `--keep-freed` as ours do. Memory (rss) is the peak
+resident size of a process of its own that takes two steps; transformers' in bf16 is that with autocast, whose weights
+and optimizer state are fp32 like ours.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import gc
 import json
 import os
@@ -47,6 +49,7 @@ from matmul import emulates_bf16, matmul_rate
 from safetensors.torch import save_file
 
 from perilune.kernels.matmul import slow_bf16
+from perilune.parallel import memory as allocator
 from perilune.parallel import mesh as meshes
 from perilune.pretrain import model as models
 from perilune.pretrain import presets, rules
@@ -117,6 +120,11 @@ def write_folder(config: Config, net: models.Model, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(described))
 
 
+def as_shipped() -> None:
+    """From here on memory is given back as glibc comes to do it by itself once something large was freed."""
+    allocator.set_thresholds(mapped=32 << 20, kept=64 << 20)
+
+
 def timed(step: Step) -> float:
     began = time.perf_counter()
     step()
@@ -148,15 +156,20 @@ def fastest(rival: str, ways: Iterable[tuple[str, Callable[[], Step]]], loss: fl
     return best[1:]
 
 
-def measure(compute: str, tokens: np.ndarray, rounds: int) -> list[dict[str, object]]:
+def measure(compute: str, tokens: np.ndarray, rounds: int, kept: bool) -> list[dict[str, object]]:
     with tempfile.TemporaryDirectory() as temporary:
-        entries = race(compute, tokens, rounds, Path(temporary))
-        gc.collect()  # the processes whose memory is measured need room
+        entries = race(compute, tokens, rounds, Path(temporary), kept)
+        gc.collect()
+        as_shipped()
+        ctypes.CDLL(None).malloc_trim(0)  # the processes whose memory is measured need room
         return [*entries, memory(compute, len(tokens), Path(temporary))]
 
 
-def race(compute: str, tokens: np.ndarray, rounds: int, folder: Path) -> list[dict[str, object]]:
-    """The speeds; leaves transformers' checkpoint of the first weights in `folder`."""
+def race(compute: str, tokens: np.ndarray, rounds: int, folder: Path, kept: bool) -> list[dict[str, object]]:
+    """The speeds, of rivals that keep freed memory too if `kept`.
+
+    Leaves transformers' checkpoint of the first weights in `folder`.
+    """
     config, ids, apart = shape(compute), torch.from_numpy(tokens), APART[compute]
     dtype = torch.float32 if compute == "fp32" or slow_bf16() else torch.bfloat16
     mine, net = ours(config, tokens)
@@ -166,14 +179,21 @@ def race(compute: str, tokens: np.ndarray, rounds: int, folder: Path) -> list[di
     weights = megatron_local.weights_of(net)
     local = [(str(w), partial(megatron_local.build, config, weights, ids, w)) for w in megatron_local.ways(compute)]
     loss = mine()
+    (allocator.keep_freed if kept else as_shipped)()
     rivals = {
         "transformers": fastest("transformers", hf, loss, apart),
         "megatron": fastest("Megatron-core's local spec", local, loss, apart),
     }
     seconds, rates = [], []
     for _ in range(rounds):
+        if not kept:
+            allocator.keep_freed()
+            mine()  # what the rivals' allocator gave back is asked for again
         rates.append(matmul_rate(dtype))
-        seconds.append([timed(step) for step in (mine, *(step for _, step in rivals.values()))])
+        seconds.append([timed(mine)])
+        if not kept:
+            as_shipped()
+        seconds[-1] += [timed(step) for _, step in rivals.values()]
     speeds = [tokens.size / statistics.median(column) for column in zip(*seconds, strict=True)]
     entries = []
     print(f"{compute}: Perilune {speeds[0]:.0f} tokens/s")
@@ -194,6 +214,7 @@ def peak_memory(who: str, compute: str, tokens: np.ndarray) -> None:
     if who == "ours":
         step, _ = ours(config, tokens)
     else:
+        as_shipped()
         folder = Path(os.environ["BENCH_FOLDER"])
         step = theirs(folder, tokens, config, EXPERTS[0], "fp32" if compute == "fp32" else "autocast")
     step(), step()
@@ -228,6 +249,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--peak", choices=("ours", "theirs"), help=argparse.SUPPRESS)  # one process's memory
+    parser.add_argument("--keep-freed", action="store_true", help="rivals too run with an allocator that keeps memory")
     parser.add_argument("--compute", choices=("fp32", "bf16"), help="only this one")
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
@@ -244,7 +266,8 @@ def main() -> None:
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, "
           f"megatron-core {version('megatron-core')}, {torch.get_num_threads()} threads, "
           f"{arguments.rows} x {SEQ_LEN} tokens, {time.strftime('%Y-%m-%d')}")  # fmt: skip
-    results = [entry for compute in computes for entry in measure(compute, tokens, arguments.rounds)]
+    how = arguments.rounds, arguments.keep_freed
+    results = [entry for compute in computes for entry in measure(compute, tokens, *how)]
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=2))
 
