@@ -17,8 +17,14 @@ _KEPT = (1 << 31) - 1  # free bytes at the top of the heap that are not given ba
 
 
 def keep_freed() -> bool:
-    """From here on what this process frees stays with it. False where the C library is not glibc: nothing changes."""
-    return set_thresholds(_MAPPED, _KEPT)
+    """From here on what this process frees stays with it; what is free now, as after building a model, is given back.
+
+    False where the C library is not glibc: nothing changes.
+    """
+    found = set_thresholds(_MAPPED, _KEPT)
+    if found:
+        ctypes.CDLL(None).malloc_trim(0)
+    return found
 
 
 def set_thresholds(mapped: int, kept: int) -> bool:

@@ -110,15 +110,13 @@ def start(mesh: Mesh, timeout_s: float = 600.0) -> None:
     import torch
     import torch.distributed as dist
 
-    from perilune.parallel import cpu, memory
+    from perilune.parallel import cpu
 
     cpu.install()
     from megatron.core import parallel_state
 
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
-    else:
-        memory.keep_freed()
     if not dist.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))

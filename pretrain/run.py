@@ -9,8 +9,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from perilune.kernels import attention
+from perilune.parallel import memory, precision
 from perilune.parallel import mesh as meshes
-from perilune.parallel import precision
 from perilune.pretrain import carry_over, checkpoint, model, rules, vital_signs
 from perilune.pretrain.checkpoint_saver import Saver
 from perilune.pretrain.data.batch import PackedBatch
@@ -67,6 +67,8 @@ def run(config: Config, run_dir: Path, world: int, *, start: Start = Start(), pr
         saver = Saver(run_dir / "checkpoints", config)
         stack.callback(saver.close)
         stack.enter_context(vital_signs.watched())  # before the rest is closed
+        if meshes.device().type == "cpu":
+            memory.keep_freed()
         bad_in_a_row = 0
         while step < plan.total_steps:
             vital_signs.beat("step", step, plan.total_steps)

@@ -84,6 +84,7 @@ def ours(config: Config, tokens: np.ndarray) -> tuple[Step, models.Model]:
     bounds, mask = np.array([0, SEQ_LEN], np.int32), np.ones(SEQ_LEN, np.uint8)
     batch = collate([Row(str(i), row.astype(np.uint16), bounds, mask) for i, row in enumerate(tokens)], 0, True)
     todo = StepPlan(rows=len(tokens), lr=config.optim.lr, mtp_weight=0.0, bias_speed=0.0)
+    allocator.keep_freed()  # as pretrain/run.py does before its first step
     return lambda: train_step(net, adam, [batch], next_token, todo, clip=CLIP).loss, net
 
 
