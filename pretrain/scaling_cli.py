@@ -72,9 +72,10 @@ def sweep(ctx: click.Context, **options: Any) -> None:
     \b
     A ladder; docs/scaling.md says all keys:
       preset: demo
-      set: {data.path: packed/train, parallel.ep: 1}
-      budgets: [2.0e+11, 6.0e+11, 2.0e+12]    # C, FLOPs
-      sizes: {scale: [0.1, 0.2, 0.4, 0.7, 1]}  # times the preset's M
+      set: {data.path: packed/train, parallel.ep: 1, train.micro_batch_size: 1}
+      budgets: [1.6e+11, 3.8e+11, 9.0e+11]     # C, FLOPs
+      sizes: {count: 5, within: 2}             # from half to twice the best that law.size says of each budget
+      law: {size: {k: 95.7, exponent: 0.3686}, lr: {k: 0.16, exponent: -0.125}}
       lr: [0.25, 0.5, 1, 2, 4]                 # times the law's, at the middle size of each budget
 
     \b
@@ -119,7 +120,9 @@ def fit(ctx: click.Context, **options: Any) -> None:
 @click.argument("fit_json", metavar="FIT.json", type=click.Path(exists=True, path_type=Path))
 @click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1)
 @click.option("--compute", type=POSITIVE, metavar="C", help="Training FLOPs, C = M D as in the fit.")
-@click.option("--gpus", type=click.IntRange(min=1), metavar="N", help="With --gpu and --days, in place of --compute.")
+@click.option(
+    "--gpus", type=click.IntRange(min=1), metavar="N", help="With --gpu and --days, in place of --compute; processes."
+)
 @click.option("--gpu", metavar="NAME", help="As H100, H800, A100, B200.")
 @click.option("--days", type=POSITIVE, metavar="D")
 @click.option(

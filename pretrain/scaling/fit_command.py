@@ -32,8 +32,8 @@ def fit_command(paths: Sequence[Path], out: Path, *, mixed: bool = False, seed: 
     if file.exists():
         raise InputError(f"{file} is there already and is never written over; name another folder with --out")
     trials = read_csv([_table_of(path) for path in paths], mixed)
-    make_folder(out)  # before the time that fitting takes
     found = fit(trials, seed=seed)
+    make_folder(out)
     text = json.dumps(found.to_dict(), indent=1, allow_nan=False) + "\n"
     text = re.sub(r"\[[-+.,\deE\s]+\]", lambda row: "".join(row[0].split()), text)  # a draw is a line
     try:

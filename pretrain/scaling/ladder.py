@@ -282,7 +282,15 @@ def _models(ladder: Ladder, base: Config, compute: float, names: tuple[str, ...]
             targets = [best * within ** (2 * i / (count - 1) - 1) for i in range(count)]
         seen = set[Model]()
         for target in targets:
-            model = scaled(base.model, length, target)
+            try:
+                model = scaled(base.model, length, target)
+            except InputError as error:
+                law = (
+                    ""
+                    if "scale" in sizes
+                    else f" (law.size says {best:.4g} of {compute:g} FLOPs; is it of such models?)"
+                )
+                raise InputError(f"{ladder.file}: sizes: {error}{law}") from error
             if model not in seen:  # small ones, whose sizes whole numbers set far apart
                 seen.add(model)
                 yield short(scaling_flops(model, length)), model

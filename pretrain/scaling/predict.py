@@ -10,7 +10,7 @@ from perilune.pretrain import rules
 from perilune.pretrain.errors import InputError
 from perilune.pretrain.scaling.laws import DEEPSEEK, Laws, Range
 from perilune.pretrain.scaling.sizes import scaled, size_of
-from perilune.pretrain.scaling.tokens import of_length, rows_of, short_of
+from perilune.pretrain.scaling.tokens import OtherLength, of_length, rows_of, short_of
 from perilune.pretrain.scaling.words import some
 from perilune.pretrain.schema import Config
 from perilune.pretrain.timetable import rows_multiple
@@ -164,11 +164,16 @@ def run_of(found: Prediction, base: Config, world: int) -> Config:
 
 
 def told_of_corpus(config: Config) -> list[str]:
-    """A warning where the run reads its corpus more than once; none of one that is not seen from here."""
+    """A warning where the run reads its corpus more than once; none of one that is not seen from here.
+
+    Raises OtherLength for one whose rows are not as long as the run's.
+    """
     if not config.data.path and not config.data.blend:
         return []
     try:
         over = short_of(config.data, rows_of(config.data), config.train.tokens)
+    except OtherLength:
+        raise
     except InputError:
         return []
     again = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from perilune.pretrain.scaling.words import short
 from perilune.pretrain.schema import Config
 from perilune.pretrain.train_command import processes_here
 
+_OURS = ("optim.lr", "train.tokens", "train.steps", "train.global_batch_size", "schedule.warmup_tokens")
 _SIZES = {"params": "parameters (active, no vocabulary)", "flops_per_token": "M, FLOPs a token"}
 
 
@@ -41,7 +43,7 @@ def predict_command(
     if out is not None:
         if preset is None:
             raise InputError("--out needs --preset: the configuration that is made larger or smaller, as --preset demo")
-        base = configs.resolve(preset, overrides)
+        base = configs.resolve(preset, _not_ours(overrides))
         world = gpus or processes_here(base, 0)
         config = run_of(found, base, world)
         found = replace(found, warnings=(*found.warnings, *told_of_corpus(config)))
@@ -60,6 +62,14 @@ def predict_command(
     if config is not None:
         print(_told(config, found, out, world))
     return 0
+
+
+def _not_ours(overrides: Sequence[str]) -> Sequence[str]:
+    """`overrides`, none of which is what a prediction is of."""
+    for word in overrides:
+        if (key := word.partition("=")[0]) in _OURS:
+            raise InputError(f"{word}: {key} is what the fit says of this compute; leave it out, or set it for `train`")
+    return overrides
 
 
 def _compute(compute: float | None, gpus: int | None, gpu: str | None, days: float | None, mfu: float) -> float:
@@ -120,5 +130,5 @@ def _told(config: Config, found: Prediction, out: Path | None, world: int) -> st
         f"{out}: {m.num_layers} layers, hidden size {m.hidden_size}, {short(count.total)} parameters, "
         f"{short(count.active)} active; {found.per} {size:.4g}, {off} beside the best; {config.train.tokens:,} tokens, "
         f"{config.train.global_batch_size} rows a batch, learning rate {config.optim.lr:g}\n"
-        f"next: perilune train {config.preset} --config {out}{needs} --nproc {world} --dry-run"
+        f"next: perilune train {config.preset} --config {shlex.quote(str(out))}{needs} --nproc {world} --dry-run"
     )

@@ -7,8 +7,13 @@ from dataclasses import replace
 
 from perilune.pretrain.data.blend import Blend
 from perilune.pretrain.data.manifest import read_manifest
+from perilune.pretrain.errors import InputError
 from perilune.pretrain.schedule import total_tokens
 from perilune.pretrain.schema import Config, Data
+
+
+class OtherLength(InputError):
+    """Rows are not as long as the run's."""
 
 
 def of_length(config: Config, tokens: int) -> Config:
@@ -31,8 +36,18 @@ def of_length(config: Config, tokens: int) -> Config:
 
 
 def rows_of(data: Data) -> dict[str, int]:
-    """Rows that each dataset of `data` holds. Raises InputError for one that cannot be read."""
-    return {path: int(read_manifest(path)["rows"]) for path in ([data.path] if data.path else data.blend)}
+    """Rows that each dataset of `data` holds. Raises InputError for one that cannot be read, OtherLength for one
+    whose rows are not of `data.seq_len` tokens."""
+    found = {}
+    for path in [data.path] if data.path else data.blend:
+        manifest = read_manifest(path)
+        if manifest["seq_len"] != data.seq_len:
+            raise OtherLength(
+                f"{path} has rows of {manifest['seq_len']} tokens, data.seq_len is {data.seq_len}: set data.seq_len="
+                f"{manifest['seq_len']}, or pack it with --seq-len {data.seq_len}"
+            )
+        found[path] = int(manifest["rows"])
+    return found
 
 
 def short_of(data: Data, rows: Mapping[str, int], tokens: int, passes: float = 1.0) -> list[str]:

@@ -54,7 +54,7 @@ def read_csv(paths: Sequence[Path], mixed: bool = False) -> Trials:
     trials: list[Trial] = []
     alike: dict[str, dict[str, str]] = {name: {} for name in _ALIKE}  # value -> where it stands first
     not_finite: list[str] = []
-    seen: dict[tuple[Trial, str, str], str] = {}
+    seen: dict[tuple[Trial | str, ...], tuple[str, Trial]] = {}
     unnamed: dict[str, str] = {}  # column -> the first trial that says nothing there
     for path in paths:
         for name, row in _rows(path):
@@ -62,10 +62,10 @@ def read_csv(paths: Sequence[Path], mixed: bool = False) -> Trials:
             if trial is None:
                 not_finite.append(f"{name} ({row['loss'].strip()})")
                 continue
-            same = (replace(trial, name=""), row.get("trial", ""), row.get("seed", ""))
-            if same in seen:
-                raise InputError(f"{name} is {seen[same]} again; a trial counts once")
-            seen[same] = name
+            for same in _told_by(trial, row):
+                if same in seen:
+                    raise InputError(_again(trial, *seen[same]))
+                seen[same] = name, trial
             trials.append(trial)
             for column in _ALIKE:
                 if row.get(column):
@@ -93,6 +93,27 @@ def read_csv(paths: Sequence[Path], mixed: bool = False) -> Trials:
     high = [f"{trial.name} ({trial.loss:g})" for trial in diverged]
     out = ((not_finite, "is not finite"), (high, "is far above the others of its compute"))
     return Trials(tuple(kept), tuple(f"loss {what}: left out: {some(found)}" for found, what in out if found))
+
+
+def _told_by(trial: Trial, row: dict[str, str]) -> list[tuple[Trial | str, ...]]:
+    """What no two runs have in common: all their values, the loss to its last digit among them; and without the loss,
+    where a name or a seed is said, all others with these two."""
+    seed, name, *others = (row.get(column, "").strip() for column in ("seed", "trial", *_ALIKE))
+    told: list[tuple[Trial | str, ...]] = [(replace(trial, name=""), seed, *others)]
+    if seed or name:
+        told.append((replace(trial, name="", loss=0.0), seed, name, *others))
+    return told
+
+
+def _again(trial: Trial, where: str, before: Trial) -> str:
+    """Of a trial that stands at `where` already."""
+    if trial.name == where:
+        return f"{where} is read twice: its file is named twice; name each once"
+    losses = "" if trial.loss == before.loss else f" with loss {trial.loss:g} in place of {before.loss:g}"
+    return (
+        f"{trial.name} is {where} again{losses}: the same size, tokens, settings and seed; a run counts once: remove "
+        "one, or tell them apart by a column `seed`"
+    )
 
 
 def budgets(trials: Iterable[Trial]) -> list[list[Trial]]:

@@ -266,7 +266,12 @@ HEAD = "params,tokens,loss,lr,data\n"
         (HEAD + "1e6,1e9,3,1,web\n1000000,1e9,3.0,1,web\n", "t.csv:3 is .*t.csv:2 again"),
         (HEAD + "1e6,1e9,3,1,web\n1e6,1e10,2.9,1,\n", "column data: 'web' .*t.csv:2.*nothing for .*t.csv:3"),
         (HEAD + "1e300,1e300,3,1,web\n", "more FLOPs than can be held"),
-        (HEAD + "1e6,1e9,3,1,web\n1e6,1e9,3,1,web\n", "t.csv:3 is .*t.csv:2 again"),
+        (HEAD + "1e6,1e9,3,1,web\n1e6,1e9,3,1,web\n", "t.csv:3 is .*t.csv:2 again: .*column `seed`"),
+        (
+            "trial,params,tokens,loss,seed\na,1e6,1e9,3,1\na,1e6,1e9,3.1,2\na,1e6,1e9,3.2,1\n",
+            "t.csv:4 is .*t.csv:2 again with loss 3.2 in place of 3:",
+        ),
+        ("trial,params,tokens,loss\na,1e6,1e9,3\nb,1e6,1e9,3\n", "t.csv:3 is .*t.csv:2 again"),
         (HEAD + "1e6,1e9,3,1,web\n1e6,2e9,3,1,code\n", "data: 'web' .*'code' .*--mixed"),
         (
             "params,tokens,loss\n" + "1e6,1e9,3\n1e6,1e9,3.1\n",
@@ -280,6 +285,12 @@ def test_bad_trials_are_refused(tmp_path: Path, text: str, message: str) -> None
     (tmp_path / "t.csv").write_text(text)
     with pytest.raises(InputError, match=message):
         fit(read_csv([tmp_path / "t.csv"]), draws=5)
+
+
+def test_a_file_named_twice_is_told(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text(HEAD + "1e6,1e9,3,1,web\n")
+    with pytest.raises(InputError, match=r"t\.csv:2 is read twice: its file is named twice"):
+        read_csv([tmp_path / "t.csv"] * 2)
 
 
 def test_one_budget_and_diverged_runs(tmp_path: Path) -> None:

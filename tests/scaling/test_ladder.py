@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import textwrap
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -68,6 +69,14 @@ def test_every_trial_is_an_allocation_of_its_budget(here: Path) -> None:
         assert config.schedule.warmup_tokens == pytest.approx(part * trial.tokens, abs=1)
         assert config.valid.every == c.steps and Path(str(config.valid.path)) == (here / "packed" / "valid").resolve()
     assert [trial.budget for trial in trials] == sorted(trial.budget for trial in trials)
+
+
+def test_the_example_of_the_help_can_be_planned(tmp_path: Path, perilune: Any) -> None:
+    _, _, said = perilune("sweep", "--help").stdout.partition("says all keys:\n")
+    example = textwrap.dedent(said.partition("\n\n")[0])
+    (tmp_path / "ladder.yaml").write_text(example.replace("packed/train", "away/train, valid.path: away/valid"))
+    trials = plan(read_ladder(tmp_path / "ladder.yaml"), 1, data_there=False)
+    assert len(trials) == 3 * (5 + 4)
 
 
 def test_batches_are_whole_on_every_data_parallel_rank(here: Path) -> None:

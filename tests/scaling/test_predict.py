@@ -235,6 +235,7 @@ def test_a_cluster_for_some_days_is_a_budget(tmp_path: Path, perilune: Any) -> N
         (["--gpus", "8", "--gpu", "H100", "--days", "nan"], "nan is not finite"),
         (["--compute", "1e20", "--out", "x.yaml"], "--out needs --preset"),
         (["--compute", "1e20", "--preset", "demo"], "say --out"),
+        (["--compute", "1e20", "--preset", "demo", "--out", "x.yaml", "optim.lr=0.1"], "optim.lr is what the fit says"),
     ],
 )
 def test_questions_that_cannot_be_answered(tmp_path: Path, perilune: Any, words: list[str], message: str) -> None:
