@@ -16,8 +16,8 @@ from perilune.pretrain.errors import InputError
 from perilune.pretrain.scaling import isoflop, parametric, power
 from perilune.pretrain.scaling.isoflop import Minima, Profile
 from perilune.pretrain.scaling.laws import Constant, Law
-from perilune.pretrain.scaling.settings import settings_law
-from perilune.pretrain.scaling.trials import Trial, Trials, budgets, tuned
+from perilune.pretrain.scaling.settings import NEAR, settings_law
+from perilune.pretrain.scaling.trials import Trial, Trials, budgets, passed_over, tuned
 
 FLOOR_BUDGETS = 4  # E + k C^exponent has three constants
 _OUTLIER = 5.0  # of the median residual's deviations
@@ -95,7 +95,7 @@ def fit(trials: Trials, *, seed: int = 0, draws: int = _DRAWS) -> Fit:
         raise InputError("no trials to fit: " + ("; ".join(trials.warnings) or "the files have none"))
     rng = np.random.default_rng(seed)
     per, best = trials.all[0].per, tuned(trials.all)
-    warnings = list(trials.warnings)
+    warnings = [*trials.warnings, *_untuned(trials.all)]
     constants, outliers, refits = dict[str, Constant](), dict[str, str](), np.zeros((0, 5))
     try:
         constants, outliers, told, refits = _parametric(best, rng, draws)
@@ -114,6 +114,18 @@ def fit(trials: Trials, *, seed: int = 0, draws: int = _DRAWS) -> Fit:
         raise InputError("; ".join(warnings))
     named = tuple((outliers | minimum.outliers).values())
     return Fit(trials.all, per, minimum, constants, laws, tuple(warnings), named, refits)
+
+
+def _untuned(trials: Sequence[Trial]) -> list[str]:
+    """A warning where sizes are compared at settings that are worse than the best of a grid that only some have."""
+    if not (found := [(part, compute) for compute, part in passed_over(trials) if part > NEAR]):
+        return []
+    part, compute = max(found)
+    return [
+        f"at {len(found)} budgets some sizes alone have a grid of settings: sizes are compared at what they share, and "
+        f"the laws of size and loss are of that; the best of a grid has up to {100 * part:.2g}% less loss (budget "
+        f"{compute:.3g})"
+    ]
 
 
 def _parametric(

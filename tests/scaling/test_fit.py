@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,56 @@ def test_learning_rate_and_batch_size() -> None:
         assert found.laws[name](8.46e22) == pytest.approx({"lr_opt": 4.2e-4, "batch_opt": 9.3e6}[name], rel=0.3)
     assert found.laws["m_opt"].exponent.value == pytest.approx(EXPONENT, abs=0.02) and not found.warnings
     assert len(tuned(given)) == len(trials())
+
+
+def gridded(
+    factors: Callable[[int], Iterable[float]], rule: Callable[[Trial], float] = lambda trial: 1.0
+) -> list[Trial]:
+    """Profiles of five sizes; that at each place has learning rates `factors(place)` times `rule`, which is half the
+    best: the loss has its least at a factor of two."""
+    given = []
+    for index, plain in enumerate(trials(0.0005, wide=2, count=5)):
+        for factor in factors(index % 5):
+            loss = plain.loss * (1 + 0.01 * np.log2(factor / 2) ** 2)
+            given.append(replace(plain, name=f"t:{len(given)}", loss=float(loss), lr=rule(plain) * factor))
+    return given
+
+
+FIVE = [0.25, 0.5, 1.0, 2.0, 4.0]
+
+
+def test_a_grid_at_the_middle_size_spoils_no_profile() -> None:
+    """All laws but the learning rate's are those of the trials at the common rate; what that costs is told."""
+    middle, alone = (gridded(lambda place, m=m: FIVE if place == m else [1.0]) for m in (2, 5))  # type: ignore[misc]
+    assert [(t.size, t.loss) for t in tuned(middle)] == [(t.size, t.loss) for t in tuned(alone)]
+    found, plain = (fit(Trials(tuple(given)), draws=50) for given in (middle, alone))
+    assert {name: law.k.value for name, law in found.laws.items() if name != "lr_opt"} == {
+        name: law.k.value for name, law in plain.laws.items()
+    }
+    assert "lr_opt" in found.laws and not found.outliers and not plain.warnings
+    (told,) = found.warnings
+    assert "at 5 budgets some sizes alone have a grid" in told and "up to 0.99% less loss" in told
+
+
+def test_sizes_are_compared_at_settings_that_can_be() -> None:
+    def rule(trial: Trial) -> float:
+        return float(0.1 * trial.size**-0.3)
+
+    # Each size has a grid of its own: each its best. One whose highest rate has diverged is no worse off.
+    for grid in (lambda place: FIVE, lambda place: FIVE[: 5 - place % 2]):
+        own = gridded(grid, rule)
+        assert {t.name for t in tuned(own)} == {t.name for t in own if t.lr == pytest.approx(2 * rule(t))}
+        assert not fit(Trials(tuple(own)), draws=5).outliers
+    # A rate by size, and a grid at one size, the least among them: what the rule says there, or what is next to it.
+    for place in (2, 1, 3):
+        some = gridded(lambda at, place=place: FIVE if at == place else [1.0], rule)  # type: ignore[misc]
+        assert {t.name for t in tuned(some)} == {t.name for t in some if t.lr == pytest.approx(rule(t))}
+    # Two grids of which one is finer: what both have. Rates that no trial names: nothing to choose by but the loss.
+    finer = gridded(lambda place: np.geomspace(0.25, 4, 9) if place == 2 else [0.5, 1.0])
+    assert {t.lr for t in tuned(finer)} == {1.0}
+    one = gridded(lambda place: FIVE if place == 2 else [1.0])
+    unnamed = [t if 2 <= index % 9 <= 6 else replace(t, lr=None) for index, t in enumerate(one)]
+    assert len(tuned(unnamed)) == 25 and len(tuned(trials())) == len(trials())
 
 
 def test_edges_and_outliers_are_named() -> None:
