@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import numpy as np
 from perilune.pretrain.scaling import parametric
 from perilune.pretrain.scaling.fit import Fit
 from perilune.pretrain.scaling.laws import Law
-from perilune.pretrain.scaling.trials import tuned
+from perilune.pretrain.scaling.trials import Trial, tuned
 
 SIZES = {"params": "parameters that a token meets, without vocabulary", "flops_per_token": "FLOPs a token"}
 _LEFT_OUT = "0.7"  # grey
@@ -33,13 +35,14 @@ def draw(fit: Fit, folder: Path) -> list[tuple[str, Path]]:
         plt.close()
         found.append((what, file))
 
-    bests = fit.minimum.bests
-    if bests:
+    found_of = fit.minimum.budgets
+    if any(budget.profile is not None for budget in found_of):
         _profiles(fit, plt)
         keep("Loss over size at each budget of compute, with its parabola and minimum; grey: left out", "isoflop")
-    computes = np.array([best.profile.compute for best in bests if best.profile.inside])
     if "m_opt" in fit.laws:
-        sizes = np.array([best.size.value for best in bests if best.profile.inside])
+        used = [budget for budget in found_of if budget.size is not None and "m_opt" not in budget.left_out]
+        computes = np.array([budget.compute for budget in used])
+        sizes = np.array([budget.size.value for budget in used if budget.size is not None])
         tokens = computes / sizes / (6 if fit.per == "params" else 1)
         _, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2))
         _law(left, fit.laws["m_opt"], computes, sizes, f"best size, {SIZES[fit.per]}")
@@ -47,7 +50,8 @@ def draw(fit: Fit, folder: Path) -> list[tuple[str, Path]]:
         keep("Best size and tokens over compute", "best")
     if "loss" in fit.laws:
         _, axes = plt.subplots(figsize=(6, 4.2))
-        losses = np.array([best.profile.least for best in bests if best.profile.inside])
+        flat = [b.profile for b in found_of if b.profile is not None and "loss" not in b.left_out]
+        computes, losses = np.array([one.compute for one in flat]), np.array([one.least for one in flat])
         _law(axes, fit.laws["loss"], computes, losses, "loss")
         keep("Loss at the best size over compute", "loss")
     if fit.parametric:
@@ -63,25 +67,36 @@ def draw(fit: Fit, folder: Path) -> list[tuple[str, Path]]:
 
 
 def _profiles(fit: Fit, plt: Any) -> None:
-    """Budgets that are left out of the power laws are grey."""
+    """Budgets that are left out of the laws of the best size are grey, each with a mark of its own."""
     _, axes = plt.subplots(figsize=(7.5, 5))
-    bests = fit.minimum.bests
-    colours = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(bests)))
-    for best, of_its_own in zip(bests, colours, strict=True):
-        profile = best.profile
-        colour = of_its_own if profile.inside else _LEFT_OUT
-        low, high = min(profile.log_size_n.min(), profile.log_best), max(profile.log_size_n.max(), profile.log_best)
-        line = np.linspace(low, high, 100)
+    used = [budget for budget in fit.minimum.budgets if not budget.left_out]
+    colours = iter(plt.get_cmap("viridis")(np.linspace(0, 0.9, len(used))))
+    marks = cycle("svD^<>ph")
+    for budget in fit.minimum.budgets:
+        label, colour, mark = f"{budget.compute:.2g}", _LEFT_OUT, "o"
+        if budget.left_out:
+            label, mark = f"{label}, left out" + ("" if "loss" in budget.left_out else " of sizes"), next(marks)
+        else:
+            colour = next(colours)
+        axes.plot(*_dots(budget.trials), mark, ms=4, color=colour, label=label)
+        axes.plot(*_dots(budget.outliers), "x", ms=7, mew=1.5, color=colour)
+        if (profile := budget.profile) is None:
+            continue
+        ends = [*profile.log_size_n, *([profile.log_best] if budget.size else [])]
+        line = np.linspace(min(ends), max(ends), 100)
         axes.plot(np.exp(line), np.polyval(profile.curve, line - profile.middle), color=colour, lw=1)
-        label = f"{profile.compute:.2g}" + ("" if profile.inside else ", left out")
-        axes.plot(np.exp(profile.log_size_n), profile.loss_n, "o", ms=4, color=colour, label=label)
-        axes.plot(best.size.value, profile.least, "*", ms=13, color=colour, mec="black", mew=0.5)
-    for group in fit.minimum.left_out:
-        label = f"{group[0].compute:.2g}, left out"
-        axes.plot([t.size for t in group], [t.loss for t in group], "o", ms=4, color=_LEFT_OUT, label=label)
+        if budget.size is not None:
+            least = np.polyval(profile.curve, profile.log_best - profile.middle)
+            axes.plot(budget.size.value, least, "*", ms=13, color=colour, mec="black", mew=0.5)
+    if any(budget.outliers for budget in fit.minimum.budgets):
+        axes.plot([], [], "x", ms=7, mew=1.5, color="black", label="outlier, left out")
     axes.set(xscale="log", xlabel=SIZES[fit.per], ylabel="loss")
     axes.legend(title="FLOPs", fontsize=8)
     axes.grid(alpha=0.3)
+
+
+def _dots(trials: Sequence[Trial]) -> tuple[list[float], list[float]]:
+    return [trial.size for trial in trials], [trial.loss for trial in trials]
 
 
 def _law(axes: Any, law: Law, computes: np.ndarray, values: np.ndarray, what: str) -> None:
