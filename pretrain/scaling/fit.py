@@ -7,16 +7,16 @@ rate and batch size), of profiles with resampled noise (the power laws of their 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from perilune.pretrain.errors import InputError
-from perilune.pretrain.scaling import isoflop, parametric, power
+from perilune.pretrain.scaling import isoflop, parametric, power, settings
 from perilune.pretrain.scaling.isoflop import Minima, Profile
-from perilune.pretrain.scaling.laws import Constant, Law
-from perilune.pretrain.scaling.settings import NEAR, settings_law
+from perilune.pretrain.scaling.laws import Constant, Law, ends
+from perilune.pretrain.scaling.settings import NEAR, Grid
 from perilune.pretrain.scaling.trials import Trial, Trials, budgets, passed_over, tuned
 
 FLOOR_BUDGETS = 4  # E + k C^exponent has three constants
@@ -74,6 +74,7 @@ class Fit:
     laws: dict[str, Law]  # m_opt, d_opt, loss, lr_opt, batch_opt
     warnings: tuple[str, ...]
     outliers: tuple[str, ...]
+    grids: dict[str, list[Grid]]  # of lr_opt, batch_opt: each budget's near-optimal values
     refits: np.ndarray  # of the parametric law [draws, 5]
 
     def to_dict(self) -> dict[str, Any]:
@@ -85,6 +86,7 @@ class Fit:
             "budgets": [budget.to_dict() for budget in self.minimum.budgets],
             "parametric": {name: constant.to_dict() for name, constant in self.parametric.items()},
             **{name: law.to_dict() for name, law in self.laws.items()},
+            "near_optimal": {name: [grid.to_dict() for grid in grids] for name, grids in self.grids.items()},
             "warnings": list(self.warnings),
             "outliers": list(self.outliers),
             # What belongs together, for intervals of what a law says: all to as many digits as they are good for.
@@ -115,15 +117,17 @@ def fit(trials: Trials, *, seed: int = 0, draws: int = _DRAWS) -> Fit:
     minimum = minima_laws(budgets(best), per, rng, draws)
     laws = dict(minimum.laws)
     warnings += minimum.warnings
+    grids = dict[str, list[Grid]]()
     for name, key in (("lr_opt", "lr"), ("batch_opt", "batch_tokens")):
-        law, said = settings_law(budgets(trials.all), key, rng, draws)
+        grids[name] = settings.grids(budgets(trials.all), key)
+        law, said = settings.settings_law(budgets(trials.all), key, rng, draws)
         warnings += said
         if law is not None:
             laws[name] = law
     if not constants and not laws:
         raise InputError("; ".join(warnings))
     named = tuple((outliers | minimum.outliers).values())
-    return Fit(trials.all, per, minimum, constants, laws, tuple(warnings), named, refits)
+    return Fit(trials.all, per, minimum, constants, laws, tuple(warnings), named, grids, refits)
 
 
 def _untuned(trials: Sequence[Trial]) -> list[str]:
@@ -175,9 +179,15 @@ def minima_laws(groups: Sequence[Sequence[Trial]], per: str, rng: np.random.Gene
     """Each budget's best size and least loss, and the power laws through them."""
     kept, out, outliers = isoflop.without_outliers(groups)
     found = [_budget(trials, beside, rng, draws) for trials, beside in zip(kept, out, strict=True)]
-    size_laws, of_size = _size_laws([b for b in found if "m_opt" not in b.left_out], 6.0 if per == "params" else 1.0)
-    loss_laws, of_loss = _loss_law([b for b in found if "loss" not in b.left_out])
-    return Minimum(tuple(found), size_laws | loss_laws, (*_left_out(found), *of_size, *of_loss), outliers)
+    sized, flat = ([budget for budget in found if law not in budget.left_out] for law in ("m_opt", "loss"))
+    size_laws, of_size = _size_laws(sized, 6.0 if per == "params" else 1.0)
+    loss_laws, of_loss = _loss_law(flat)
+    laws = {
+        name: replace(law, compute=ends([trial.compute for budget in used for trial in budget.trials]))
+        for laws, used in ((size_laws, sized), (loss_laws, flat))
+        for name, law in laws.items()
+    }
+    return Minimum(tuple(found), laws, (*_left_out(found), *of_size, *of_loss), outliers)
 
 
 def _budget(trials: Sequence[Trial], outliers: Sequence[Trial], rng: np.random.Generator, draws: int) -> Budget:

@@ -243,6 +243,7 @@ def test_edges_and_outliers_are_named() -> None:
     assert told.startswith("budget 6e+18: ") and told.endswith(": left out of the power laws")
     first, *others = found.to_dict()["budgets"]
     assert set(first["left_out"]) == {"m_opt", "loss"} and not any(other["left_out"] for other in others)
+    assert found.laws["m_opt"].compute == pytest.approx((COMPUTES[1], COMPUTES[-1])) == found.laws["loss"].compute
     assert [t.name for budget in found.minimum.budgets for t in budget.outliers] == ["runs.csv:12"]
     assert [one.split(":")[:2] for one in found.outliers] == [["runs.csv", "12"]]
     assert len(json.dumps(found.to_dict(), allow_nan=False)) > 500
@@ -318,7 +319,8 @@ def test_seeds_are_averaged_and_a_best_setting_at_the_edge_is_left_out() -> None
     best = min(last, key=lambda trial: trial.loss)
     half = [t for t in given if t.compute < best.compute or (t.lr or 0) <= (best.lr or 0)]
     law, (warning,) = settings_law(budgets(half), "lr", rng, 20)
-    assert law is not None and "lr_opt: budget 6e+20: the near-optimal values reach the edge" in warning
+    assert law is not None and law.compute == pytest.approx((COMPUTES[0], COMPUTES[3]))
+    assert "lr_opt: budget 6e+20: the near-optimal values reach the edge" in warning
     assert "left out; try beyond it" in warning
     few = [trial for trial in half if trial.compute > 2 * COMPUTES[1]]
     law, warnings = settings_law(budgets(few), "lr", rng, 20)
@@ -427,6 +429,11 @@ def test_a_grid_of_learning_rates_alone() -> None:
     found = fit(Trials(tuple(given)), draws=60)
     law = found.laws["lr_opt"].exponent
     assert set(found.laws) == {"lr_opt"} and not found.parametric
+    near = found.to_dict()["near_optimal"]
+    assert near["batch_opt"] == [] and [one["inside"] for one in near["lr_opt"]] == [True] * 5
+    for one in near["lr_opt"]:
+        assert one["least"] == one["most"] == pytest.approx(0.3118 * one["compute"] ** -0.125)
+        assert one["tried"] == pytest.approx([one["least"] / 8, one["least"] * 8])
     assert law.low < -0.125 < law.high and 0.01 < law.high - law.low < 0.3, "no better than the grid's steps"
     assert len(tuned(given)) == len(COMPUTES)
     rule = [Trial(t.name, t.size, t.per, t.tokens, t.loss, 0.01 * t.size**-0.3) for t in trials(0.001)]
@@ -450,7 +457,7 @@ def test_the_command(tmp_path: Path, perilune: Any) -> None:
     assert told == json.loads((tmp_path / "fits" / "first" / "fit.json").read_text())
     for name in parametric.NAMES:
         assert told["parametric"][name]["low"] <= told["parametric"][name]["value"] <= told["parametric"][name]["high"]
-    assert set(told["m_opt"]) == {"k", "exponent"} and told["trials"] == len(rows)
+    assert set(told["m_opt"]) == {"k", "exponent", "compute"} and told["trials"] == len(rows)
     for law, names in (("parametric", parametric.NAMES), ("m_opt", ("k", "exponent"))):
         drawn = np.percentile(told["draws"][law], [2.5, 97.5], axis=0)
         assert drawn == pytest.approx(
