@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -404,6 +405,43 @@ def test_what_is_printed_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixture
     assert len(labels) == 6
     marks = [line.get_marker() for line in pyplot.gca().lines if "left out" in str(line.get_label())]
     assert len(set(marks)) == 2
+
+
+def test_pictures_mark_what_the_laws_go_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An outlier is a cross; a budget at the edge of the learning rates is grey; labels are whole and stand apart."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    from perilune.pretrain.scaling import pictures
+
+    given = gridded(lambda place: FIVE if place == 2 else [1.0])
+    given = [t for t in given if t.compute < 0.9 * COMPUTES[-1] or (t.lr or 0) <= 2]
+    given[0] = replace(given[0], loss=1.3 * given[0].loss)
+    given += [replace(given[0], name="again", size=0.8 * given[0].size, loss=given[0].loss / 1.3 * 1.003)]
+    given[-1] = replace(given[-1], tokens=given[0].compute / 6 / given[-1].size)
+    found = fit(Trials(tuple(given)), draws=50)
+    drawn = dict[str, Any]()
+    monkeypatch.setattr(pyplot, "savefig", lambda file, **_: drawn.update({file.stem: pyplot.gcf()}))
+    monkeypatch.setattr(pyplot, "close", lambda: None)
+    pictures.draw(found, tmp_path)
+    assert set(drawn) == {"isoflop", "best", "loss", "parametric", "lr_opt"}
+    lines = {name: list(figure.axes[0].lines) for name, figure in drawn.items()}
+    crosses = [line for line in lines["isoflop"] if line.get_marker() == "x" and len(line.get_xdata())]
+    assert [(*line.get_xdata(), *line.get_ydata()) for line in crosses] == [(given[0].size, given[0].loss)]
+    points = {line.get_label(): line.get_ydata().tolist() for line in lines["lr_opt"]}
+    assert points["what it goes through"] == [2.0] * 4 and points["near-optimal at an edge, left out"] == [2.0]
+    assert len(points["tried"]) == len(given)
+    for figure in drawn.values():
+        figure.canvas.draw()
+        for axes in figure.axes:
+            label = axes.yaxis.label.get_window_extent()
+            assert label.y0 >= 0 and label.y1 <= figure.bbox.height
+            boxes = [t.get_window_extent() for t in axes.get_xticklabels() if t.get_text()]
+            assert all(a.x1 < b.x0 for a, b in pairwise(boxes))
+    monkeypatch.undo()
+    pyplot.close("all")
 
 
 def test_noise_that_hides_everything_is_told_and_written() -> None:
