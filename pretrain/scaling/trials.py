@@ -14,6 +14,7 @@ from perilune.pretrain.errors import InputError
 from perilune.pretrain.scaling.words import some
 
 _NUMBERS = ("params", "flops_per_token", "tokens", "loss", "lr", "batch_tokens")
+_AS_MANY = 0.75  # of the settings of another size, to have been tuned like it
 _ALIKE = ("tokenizer", "data")  # a loss is comparable only where these are equal
 
 
@@ -111,7 +112,7 @@ def tuned(trials: Iterable[Trial]) -> list[Trial]:
     """Of each size and number of tokens the trials of one learning rate and batch size, such that those of a budget can
     be compared: a size that alone was tuned looks better than it is.
 
-    Where all sizes of a budget had settings to choose from, none more than twice as many as another, each has its own
+    Where all sizes of a budget had settings to choose from, about as many (a few may have diverged), each has its own
     best, by the mean of its seeds. Else each has the best of the settings that most sizes have; where they have none in
     common, those with the fewest have their own, and the others what is nearest to it, interpolated over log size.
     Tokens within 2% are as many: whole batches of another size rarely add up to the same.
@@ -146,7 +147,7 @@ def _shapes(group: Iterable[Trial]) -> list[_Shape]:
 def _compared(shapes: Sequence[_Shape]) -> list[list[Trial]]:
     """Of each shape of a budget the trials of the setting that it is compared at."""
     fewest, most = min(map(len, shapes)), max(map(len, shapes))
-    if most == 1 or (fewest > 1 and most <= 2 * fewest):
+    if most == 1 or (fewest > 1 and fewest >= _AS_MANY * most):
         return [_best(shape) for shape in shapes]
     count = Counter(setting for shape in shapes for setting in shape)
     common = {setting for setting, times in count.items() if times == max(count.values())}

@@ -225,6 +225,8 @@ def test_sizes_are_compared_at_settings_that_can_be() -> None:
     # Two grids of which one is finer: what both have. Rates that no trial names: nothing to choose by but the loss.
     finer = gridded(lambda place: np.geomspace(0.25, 4, 9) if place == 2 else [0.5, 1.0])
     assert {t.lr for t in tuned(finer)} == {1.0}
+    wider = gridded(lambda place: FIVE if place == 2 else FIVE[:3])
+    assert {t.lr for t in tuned(wider)} == {1.0}
     one = gridded(lambda place: FIVE if place == 2 else [1.0])
     unnamed = [t if 2 <= index % 9 <= 6 else replace(t, lr=None) for index, t in enumerate(one)]
     assert len(tuned(unnamed)) == 25 and len(tuned(trials())) == len(trials())
