@@ -154,7 +154,7 @@ def _apart(losses: Sequence[Value], floor: bool) -> list[str]:
 
 
 def _times(factor: float) -> str:
-    return f"{factor:,.0f}" if factor >= 100 else f"{factor:.2g}"
+    return f"{factor:,.0f}" if factor >= 99.5 else f"{factor:.2g}"
 
 
 def run_of(found: Prediction, base: Config, world: int) -> Config:

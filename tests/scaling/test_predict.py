@@ -158,6 +158,7 @@ def test_each_law_is_told_to_be_asked_beyond_its_own_budgets(tmp_path: Path) -> 
         "3e+21 FLOPs are 10 times the largest trial's 3e+20",
         "3e+21 FLOPs are 29 times the largest budget in the law of the best size and the batch size, 1.02e+20",
     ]
+    assert " are 100 times the largest trial's" in predict(laws, 2.99999e22).warnings[0]
     (below,) = predict(laws, 5e17).warnings
     assert below.endswith("2 times below the smallest budget in the law of the best size and the batch size, 1e+18")
 
