@@ -35,7 +35,7 @@ def fit_command(paths: Sequence[Path], out: Path, *, mixed: bool = False, seed: 
     found = fit(trials, seed=seed)
     make_folder(out)
     text = json.dumps(found.to_dict(), indent=1, allow_nan=False) + "\n"
-    text = re.sub(r"\[[-+.,\deE\s]+\]", lambda row: "".join(row[0].split()), text)  # a draw is a line
+    text = re.sub(r"\[\n[-+.,\deE\s]+\]", lambda row: "".join(row[0].split()), text)  # a draw is a line
     try:
         drawn = pictures.draw(found, out)
         (out / "fit.html").write_text(_page(found, drawn), encoding="utf-8")

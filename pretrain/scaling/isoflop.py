@@ -37,13 +37,18 @@ class Profile:
 
     @property
     def least(self) -> float:
-        """The loss there."""
+        """The parabola's least loss between the smallest and the largest size tried."""
         return float(self._minima.least[0])
 
     @property
     def inside(self) -> bool:
         """Whether the minimum lies between the smallest and the largest size tried."""
-        return bool(self.log_size_n.min() <= self.log_best <= self.log_size_n.max())
+        return self.edge == 0
+
+    @property
+    def edge(self) -> int:
+        """-1, 1 where the parabola is least at the smallest, the largest size tried; else 0."""
+        return int(self._minima.edge[0])
 
     @property
     def near(self) -> bool:
@@ -81,8 +86,9 @@ class Minima:
     """Of parabolas through the same sizes, each [draws]."""
 
     log_best: np.ndarray  # nan where a parabola has no minimum
-    least: np.ndarray
+    least: np.ndarray  # as Profile.least
     near: np.ndarray  # as Profile.near
+    edge: np.ndarray  # -1, 1 where it is least at the smallest, the largest size tried, else 0
 
 
 def profile(group: Sequence[Trial]) -> Profile | None:
@@ -100,10 +106,13 @@ def minima(found: Profile, curves: np.ndarray) -> Minima:
     """Of `curves` [draws, 3] over the sizes of `found`."""
     a, b, c = curves.T
     opens = np.where(a > 0, a, np.nan)
-    log_best, least = found.middle - b / (2 * opens), c - b**2 / (4 * opens)
+    log_best, bottom = found.middle - b / (2 * opens), c - b**2 / (4 * opens)
     low, high = found.log_size_n.min(), found.log_size_n.max()
-    near = (2 * low - high <= log_best) & (log_best <= 2 * high - low) & (least > 0)  # False for nan
-    return Minima(log_best, least, near)
+    near = (2 * low - high <= log_best) & (log_best <= 2 * high - low) & (bottom > 0)  # False for nan
+    inside = (low <= log_best) & (log_best <= high)
+    ends = np.vander([low - found.middle, high - found.middle], 3) @ curves.T
+    edge = np.where(inside, 0, np.where(ends[0] <= ends[1], -1, 1))
+    return Minima(log_best, np.where(inside, bottom, ends.min(axis=0)), near, edge)
 
 
 def resample(found: Profile, rng: np.random.Generator, draws: int) -> Minima:
@@ -114,8 +123,8 @@ def resample(found: Profile, rng: np.random.Generator, draws: int) -> Minima:
     return minima(found, (found.fitted() + residual_n * signs) @ found.to_curve.T)
 
 
-def without_outliers(groups: Sequence[Sequence[Trial]]) -> tuple[list[list[Trial]], dict[str, str]]:
-    """(the groups without outliers, name -> what is wrong with it).
+def without_outliers(groups: Sequence[Sequence[Trial]]) -> tuple[list[list[Trial]], list[list[Trial]], dict[str, str]]:
+    """(the groups without outliers, the outliers of each, name -> what is wrong with it).
 
     An outlier is _OUTLIER standard deviations from the parabola through the rest of its budget, by the noise of all
     budgets and by that of its own rest: one that is noisier than others has none. Within a budget the largest deviation
@@ -125,18 +134,20 @@ def without_outliers(groups: Sequence[Sequence[Trial]]) -> tuple[list[list[Trial
     profiles = [found for group in groups if (found := profile(group)) is not None]
     seen = np.abs(np.concatenate([found.deviations for found in profiles])) if profiles else np.zeros(1)
     noise = max(_LEAST_NOISE, 1.4826 * float(np.median(seen)))
-    kept, told = [], {}
+    kept, out, told = [], [], {}
     for group in groups:
         rest = list(group)
+        out.append(list[Trial]())
         while (worst := _outlier(rest, noise)) is not None:
             index, off = worst
             trial = rest.pop(index)
+            out[-1].append(trial)
             told[trial.name] = (
                 f"{trial.name}: loss {trial.loss:g}, {100 * off:+.1f}% of what the parabola through the rest of its "
                 "budget says: left out of it"
             )
         kept.append(rest)
-    return kept, told
+    return kept, out, told
 
 
 def _outlier(group: Sequence[Trial], noise: float) -> tuple[int, float] | None:

@@ -32,6 +32,12 @@ class Constant:
         return {"value": self.value, "low": self.low, "high": self.high}
 
 
+def ends(values: Iterable[float]) -> tuple[float, float]:
+    """(the least, the most)."""
+    found = sorted(values)
+    return found[0], found[-1]
+
+
 @dataclass(frozen=True)
 class Law:
     """value = k * C^exponent, or E + k * C^exponent where there is an E.
@@ -44,6 +50,7 @@ class Law:
     exponent: Constant
     draws: tuple[tuple[float, ...], ...] = field(default=(), repr=False)
     E: Constant | None = None
+    compute: Range = None  # FLOPs of the smallest and the largest trial that it rests on; None where that is not said
 
     @property
     def form(self) -> str:
@@ -63,7 +70,8 @@ class Law:
 
     def to_dict(self) -> dict[str, Any]:
         floor = {} if self.E is None else {"E": self.E.to_dict()}
-        return {"k": self.k.to_dict(), "exponent": self.exponent.to_dict(), **floor}
+        rests_on = {} if self.compute is None else {"compute": dict(zip(("least", "most"), self.compute, strict=True))}
+        return {"k": self.k.to_dict(), "exponent": self.exponent.to_dict(), **floor, **rests_on}
 
 
 def _power(compute: float, k: float, exponent: float, E: float = 0.0) -> float:
@@ -177,8 +185,8 @@ def read_fit(path: Path) -> Laws:
             if any(len(row) != len(NAMES) for row in rows):
                 raise ValueError(f"draws.parametric: each row has the {len(NAMES)} constants {', '.join(NAMES)}")
             loss = Loss(theta, tuple(rows))
-        ends, warnings = found["compute"], tuple(map(str, found.get("warnings", ())))
-        return Laws(str(file), per, _positive(ends["least"]), _positive(ends["most"]), laws, loss, warnings)
+        whole, warnings = found["compute"], tuple(map(str, found.get("warnings", ())))
+        return Laws(str(file), per, _positive(whole["least"]), _positive(whole["most"]), laws, loss, warnings)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         told = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
         raise InputError(f"{file} is no fit.json: {told}; `perilune fit` writes them (docs/scaling.md)") from error
@@ -190,7 +198,9 @@ def _law(name: str, found: dict[str, Any], rows: Sequence[Sequence[Any]]) -> Law
         raise ValueError(f"draws.{name}: each row has the {len(kinds)} constants {', '.join(kinds)}")
     draws = tuple(tuple(kind(value) for kind, value in zip(kinds.values(), row, strict=True)) for row in rows)
     k, exponent, *E = (_constant(found[constant], kind) for constant, kind in kinds.items())
-    return Law(k, exponent, draws, *E)
+    rests_on = found.get("compute")
+    compute = None if rests_on is None else (_positive(rests_on["least"]), _positive(rests_on["most"]))
+    return Law(k, exponent, draws, E[0] if E else None, compute)
 
 
 def _constant(found: dict[str, Any], kind: Callable[[Any], float]) -> Constant:

@@ -68,5 +68,5 @@ def at_bounds(laws_R3: np.ndarray) -> np.ndarray:
 def law(found: np.ndarray, refits_RP: np.ndarray) -> Law:
     """Of the constants (k, exponent) or (k, exponent, E), with the intervals that hold 95% of the refits'."""
     low, high = np.percentile(refits_RP, [2.5, 97.5], axis=0)
-    constants = [Constant(float(v), float(lo), float(hi)) for v, lo, hi in zip(found, low, high, strict=True)]
-    return Law(constants[0], constants[1], tuple(map(tuple, refits_RP.tolist())), *constants[2:])
+    k, exponent, *E = [Constant(float(v), float(lo), float(hi)) for v, lo, hi in zip(found, low, high, strict=True)]
+    return Law(k, exponent, tuple(map(tuple, refits_RP.tolist())), E[0] if E else None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +16,8 @@ from perilune.pretrain.scaling.words import some
 from perilune.pretrain.schema import Config
 from perilune.pretrain.timetable import rows_multiple
 
+_OF = {"m_opt": "the best size", "loss": "the loss", "lr_opt": "the learning rate", "batch_opt": "the batch size"}
+_ALIKE = 0.05  # in log compute: ends of the same budget
 _FAR = 1000.0  # times the largest trial: as far as DeepSeek LLM's laws were tried (arXiv 2401.02954, section 3.2)
 
 
@@ -97,18 +100,44 @@ def _predict(laws: Laws, compute: float) -> Prediction:
 
 
 def _beyond(laws: Laws, compute: float) -> list[str]:
-    if compute > laws.most:
-        factor = compute / laws.most
+    """A warning of each range of compute that laws rest on and that `compute` lies outside of."""
+    whole = (laws.least, laws.most)
+    used = {"L(N, D)": whole} if laws.loss is not None else {}
+    for name, what in _OF.items():
+        if law := laws.laws.get(name):
+            used[what] = law.compute or whole
+    warnings = []
+    for most, names in _together({what: high for what, (_, high) in used.items() if compute > high}, whole[1]):
+        factor = compute / most
         far = f", further than the {_FAR:,.0f} times that DeepSeek LLM's laws were tried for" if factor > _FAR else ""
-        return [
-            f"{compute:.3g} FLOPs are {_times(factor)} times the largest trial's {laws.most:.3g}{far}: intervals "
-            "hold if the laws go on as they are"
-        ]
-    if compute < laws.least:
-        return [
-            f"{compute:.3g} FLOPs are {_times(laws.least / compute)} times below the smallest trial's {laws.least:.3g}"
-        ]
-    return []
+        warnings.append(
+            f"{compute:.3g} FLOPs are {_times(factor)} times the largest {names} {most:.3g}{far}: intervals hold if "
+            "the laws go on as they are"
+        )
+    for least, names in _together({what: low for what, (low, _) in used.items() if compute < low}, whole[0]):
+        warnings.append(
+            f"{compute:.3g} FLOPs are {_times(least / compute)} times below the smallest {names} {least:.3g}"
+        )
+    law = laws.laws.get("loss")
+    if law is not None and law.E is None and compute > (law.compute or whole)[1]:
+        warnings.append("loss by k C^exponent, which has no floor: too low far beyond the budgets that it rests on")
+    return warnings
+
+
+def _together(ends: dict[str, float], whole: float) -> list[tuple[float, str]]:
+    """(end, whose it is) of laws that end within a budget's width of each other, those at the file's `whole` first."""
+    found: list[tuple[float, list[str]]] = []
+    for what, end in sorted(ends.items(), key=lambda one: abs(math.log(one[1] / whole))):
+        if found and abs(math.log(end / found[-1][0])) < _ALIKE:
+            found[-1][1].append(what)
+        else:
+            found.append((end, [what]))
+    return [
+        (whole, "trial's")
+        if abs(math.log(end / whole)) < _ALIKE
+        else (end, f"budget in the law of {' and '.join(names)},")
+        for end, names in found
+    ]
 
 
 def _apart(losses: Sequence[Value], floor: bool) -> list[str]:
@@ -125,7 +154,7 @@ def _apart(losses: Sequence[Value], floor: bool) -> list[str]:
 
 
 def _times(factor: float) -> str:
-    return f"{factor:,.0f}" if factor >= 100 else f"{factor:.2g}"
+    return f"{factor:,.0f}" if factor >= 99.5 else f"{factor:.2g}"
 
 
 def run_of(found: Prediction, base: Config, world: int) -> Config:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from perilune.pretrain.errors import InputError
 from perilune.pretrain.scaling.words import some
 
 _NUMBERS = ("params", "flops_per_token", "tokens", "loss", "lr", "batch_tokens")
+_AS_MANY = 0.75  # of the settings of another size, to have been tuned like it
 _ALIKE = ("tokenizer", "data")  # a loss is comparable only where these are equal
 
 
@@ -128,20 +130,92 @@ def budgets(trials: Iterable[Trial]) -> list[list[Trial]]:
 
 
 def tuned(trials: Iterable[Trial]) -> list[Trial]:
-    """Of each size and number of tokens, those of its best learning rate and batch size by the mean of their losses.
+    """Of each size and number of tokens the trials of one learning rate and batch size, such that those of a budget can
+    be compared: a size that alone was tuned looks better than it is.
 
-    A grid of settings says what is best, the rest of it is no measurement of the size. Tokens within 2% are as many:
-    whole batches of another size rarely add up to the same.
+    Where all sizes of a budget had settings to choose from, about as many (a few may have diverged), each has its own
+    best, by the mean of its seeds. Else each has the best of the settings that most sizes have; where they have none in
+    common, those with the fewest have their own, and the others what is nearest to it, interpolated over log size.
+    Tokens within 2% are as many: whole batches of another size rarely add up to the same.
     """
-    shapes: list[tuple[Trial, dict[tuple[float | None, float | None], list[Trial]]]] = []
-    for trial in sorted(trials, key=lambda trial: (trial.size, trial.tokens)):
-        if not shapes or trial.size != shapes[-1][0].size or trial.tokens > 1.02 * shapes[-1][0].tokens:
-            shapes.append((trial, {}))
-        shapes[-1][1].setdefault((trial.lr, trial.batch_tokens), []).append(trial)
+    return [trial for group in budgets(trials) for shape in _compared(_shapes(group)) for trial in shape]
+
+
+def passed_over(trials: Iterable[Trial]) -> list[tuple[float, float]]:
+    """Of each budget (FLOPs, the largest part of loss by which the best setting of a size beats that of `tuned`)."""
     found = []
-    for _, settings in shapes:
-        found += min(settings.values(), key=lambda group: fmean(trial.loss for trial in group))
+    for group in budgets(trials):
+        shapes = _shapes(group)
+        parts = [1 - _mean(_best(shape)) / _mean(taken) for shape, taken in zip(shapes, _compared(shapes), strict=True)]
+        found.append((group[0].compute, max(parts)))
     return found
+
+
+_Setting = tuple[float | None, float | None]  # learning rate, tokens a batch
+_Shape = dict[_Setting, list[Trial]]  # the trials of a size and a number of tokens
+
+
+def _shapes(group: Iterable[Trial]) -> list[_Shape]:
+    """Of a budget, the smallest first."""
+    found: list[tuple[Trial, _Shape]] = []
+    for trial in sorted(group, key=lambda trial: (trial.size, trial.tokens)):
+        if not found or trial.size != found[-1][0].size or trial.tokens > 1.02 * found[-1][0].tokens:
+            found.append((trial, {}))
+        found[-1][1].setdefault((trial.lr, trial.batch_tokens), []).append(trial)
+    return [shape for _, shape in found]
+
+
+def _compared(shapes: Sequence[_Shape]) -> list[list[Trial]]:
+    """Of each shape of a budget the trials of the setting that it is compared at."""
+    fewest, most = min(map(len, shapes)), max(map(len, shapes))
+    if most == 1 or (fewest > 1 and fewest >= _AS_MANY * most):
+        return [_best(shape) for shape in shapes]
+    count = Counter(setting for shape in shapes for setting in shape)
+    common = {setting for setting, times in count.items() if times == max(count.values())}
+    if 2 * max(count.values()) > len(shapes):
+        return [_best({s: shape[s] for s in shape if s in common} or _near(shape, common)) for shape in shapes]
+    # A rule by size, and a grid at some sizes.
+    known = [(math.log(_size(shape)), _best(shape)[0]) for shape in shapes if len(shape) == fewest]
+    return [
+        _best(_near(shape, [_between(math.log(_size(shape)), known)]) if len(shape) > fewest else shape)
+        for shape in shapes
+    ]
+
+
+def _best(shape: _Shape) -> list[Trial]:
+    return min(shape.values(), key=_mean)
+
+
+def _mean(trials: Iterable[Trial]) -> float:
+    return fmean(trial.loss for trial in trials)
+
+
+def _size(shape: _Shape) -> float:
+    return next(iter(shape.values()))[0].size
+
+
+def _near(shape: _Shape, settings: Iterable[_Setting]) -> _Shape:
+    """The part of a shape that is nearest to one of `settings`, by the logarithms of what both name."""
+
+    def off(one: _Setting, other: _Setting) -> float:
+        return math.hypot(*(math.log(a / b) for a, b in zip(one, other, strict=True) if a and b))
+
+    distance = {setting: min(off(setting, other) for other in settings) for setting in shape}
+    least = min(distance.values())
+    return {setting: shape[setting] for setting in shape if distance[setting] <= least + 1e-9}
+
+
+def _between(log_size: float, known: Sequence[tuple[float, Trial]]) -> _Setting:
+    """A setting between those of the next smaller and the next larger of `known`; at the ends that of the next."""
+    below = [one for one in known if one[0] <= log_size] or known[:1]
+    above = [one for one in known if one[0] >= log_size] or known[-1:]
+    (x, low), (y, high) = below[-1], above[0]
+    part = (log_size - x) / (y - x) if y > x else 0.0
+
+    def mixed(a: float | None, b: float | None) -> float | None:
+        return a ** (1 - part) * b**part if a and b else None
+
+    return mixed(low.lr, high.lr), mixed(low.batch_tokens, high.batch_tokens)
 
 
 def averaged(trials: Iterable[Trial]) -> list[Trial]:

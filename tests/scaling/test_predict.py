@@ -141,6 +141,37 @@ def test_a_law_with_a_floor(tmp_path: Path) -> None:
         read_fit(write(tmp_path, PUBLISHED | {"loss": plain, "draws": {"loss": rows}}))
 
 
+def test_each_law_is_told_to_be_asked_beyond_its_own_budgets(tmp_path: Path) -> None:
+    """One line a range, not a law; ends of one budget are the same."""
+    ends = {"m_opt": (1e18, 1.02e20), "lr_opt": (1e17, 2.95e20), "batch_opt": (1e18, 1e20)}
+    found = PUBLISHED | {
+        name: PUBLISHED[name] | {"compute": {"least": least, "most": most}} for name, (least, most) in ends.items()
+    }
+    laws = read_fit(write(tmp_path, found))
+    assert laws.laws["m_opt"].to_dict()["compute"] == found["m_opt"]["compute"]
+    assert predict(laws, 1e20).warnings == ()
+    size = "times the largest budget in the law of the best size and the batch size, 1.02e+20: intervals hold if"
+    (within,) = predict(laws, 2e20).warnings
+    assert within.startswith(f"2e+20 FLOPs are 2 {size}")
+    both = predict(laws, 3e21).warnings
+    assert [one.partition(": ")[0] for one in both] == [
+        "3e+21 FLOPs are 10 times the largest trial's 3e+20",
+        "3e+21 FLOPs are 29 times the largest budget in the law of the best size and the batch size, 1.02e+20",
+    ]
+    assert " are 100 times the largest trial's" in predict(laws, 2.99999e22).warnings[0]
+    (below,) = predict(laws, 5e17).warnings
+    assert below.endswith("2 times below the smallest budget in the law of the best size and the batch size, 1e+18")
+
+
+def test_a_loss_without_a_floor_is_told_beyond_its_budgets(tmp_path: Path) -> None:
+    wider = {"compute": {"least": 1e17, "most": 1e21}}
+    for law, beyond in (({}, True), ({"E": {"value": 1.5}}, False), (wider, False)):
+        loss = {"k": {"value": 10.0}, "exponent": {"value": -0.05}} | law
+        laws = read_fit(write(tmp_path, PUBLISHED | {"loss": loss}))
+        assert any("no floor: too low far beyond" in one for one in predict(laws, 6e20).warnings) == beyond
+        assert not predict(laws, 1e20).warnings
+
+
 # Keys that say a number of tokens of the run, which another length stretches; and those that speak of tokens otherwise:
 # of a row, of a part of the run, of what a loss is a mean over.
 STRETCHED = {"train.tokens", "train.batch_ramp_tokens", "schedule.warmup_tokens", "data.blend"}
