@@ -93,11 +93,7 @@ def run(config: Config, run_dir: Path, world: int, *, start: Start = Start(), pr
                 log.say(f"  not finite, nothing changed; the global batch's rows: {_all_rows(batches)}")
             if bad_in_a_row >= config.train.nonfinite_limit:
                 saver.finish()
-                newest = checkpoint.latest(run_dir / "checkpoints")
-                raise FloatingPointError(
-                    f"{bad_in_a_row} steps in a row up to step {step} were not finite (train.nonfinite_limit); "
-                    + (f"the last checkpoint is intact: {newest}" if newest else "there is no checkpoint yet")
-                )
+                raise FloatingPointError(_not_finite(run_dir, bad_in_a_row, step))
             if trace is not None and trace.step(log.say):
                 trace = None
 
@@ -133,6 +129,13 @@ def _position(
     stream.check_state(state)
     told = ["--init-from and --after were for this run's start; it continues from its own checkpoint"]
     return saved["step"], carry_over.Taken(state, saved.get("before", []), told if start != Start() else [])
+
+
+def _not_finite(run_dir: Path, in_a_row: int, step: int) -> str:
+    """What is told of a run that ends so."""
+    newest = checkpoint.latest(run_dir / "checkpoints")
+    left = f"the last checkpoint is intact: {newest}" if newest else "there is no checkpoint yet"
+    return f"{in_a_row} steps in a row up to step {step} were not finite (train.nonfinite_limit); {left}"
 
 
 def _all_rows(batches: list[PackedBatch]) -> str:

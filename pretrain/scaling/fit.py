@@ -120,7 +120,7 @@ def fit(trials: Trials, *, seed: int = 0, draws: int = _DRAWS) -> Fit:
     grids = dict[str, list[Grid]]()
     for name, key in (("lr_opt", "lr"), ("batch_opt", "batch_tokens")):
         grids[name] = settings.grids(budgets(trials.all), key)
-        law, said = settings.settings_law(budgets(trials.all), key, rng, draws)
+        law, said = settings.settings_law(grids[name], key, rng, draws)
         warnings += said
         if law is not None:
             laws[name] = law

@@ -39,15 +39,12 @@ class Grid:
         }  # fmt: skip
 
 
-def settings_law(
-    groups: Sequence[Sequence[Trial]], key: str, rng: np.random.Generator, draws: int
-) -> tuple[Law | None, list[str]]:
-    """The law of a Trial's `key`, lr or batch_tokens, and warnings; None where fewer than LEAST_BUDGETS budgets tried
-    values on both sides of their best.
+def settings_law(found: Sequence[Grid], key: str, rng: np.random.Generator, draws: int) -> tuple[Law | None, list[str]]:
+    """The law through budgets' `grids` of a Trial's `key`, lr or batch_tokens, and warnings; None where fewer than
+    LEAST_BUDGETS budgets tried values on both sides of their best.
 
     What is best is known no better than the steps of the grid: refits move each value by up to half of one.
     """
-    found = grids(groups, key)
     what = {"lr": "lr_opt", "batch_tokens": "batch_opt"}[key]
     warnings = [
         f"{what}: budget {grid.compute:.3g}: the near-optimal values reach the edge of those tried "

@@ -14,12 +14,11 @@ import pytest
 from scipy.optimize import least_squares, minimize
 
 from perilune.pretrain.errors import InputError
-from perilune.pretrain.scaling import parametric, power
+from perilune.pretrain.scaling import parametric, power, settings
 from perilune.pretrain.scaling.fit import fit, minima_laws
 from perilune.pretrain.scaling.fit_command import fit_command
 from perilune.pretrain.scaling.laws import Law, read_fit
 from perilune.pretrain.scaling.predict import predict
-from perilune.pretrain.scaling.settings import settings_law
 from perilune.pretrain.scaling.trials import Trial, Trials, budgets, read_csv, tuned
 
 # Of arXiv 2203.15556, section D.3; with C = 6 N D the best size follows from them (its equation 4).
@@ -153,7 +152,7 @@ def test_the_intervals_of_learning_rate_and_batch_size_hold_the_truth() -> None:
         rng = np.random.default_rng(seed)
         groups = budgets(grids(rng))
         for key, constants in truth.items():
-            law, _ = settings_law(groups, key, rng, 100)
+            law, _ = settings.settings_law(settings.grids(groups, key), key, rng, 100)
             assert law is not None
             count[key] += held(law, constants)
     assert all((held >= 90).all() for held in count.values()), count
@@ -316,59 +315,18 @@ def test_seeds_are_averaged_and_a_best_setting_at_the_edge_is_left_out() -> None
     least, edge = min(trial.loss for trial in last), min(last, key=lambda trial: (trial.lr, trial.batch_tokens))
     given += [replace(edge, loss=least * factor) for factor in (0.99, 1.1)]
     for key in ("lr", "batch_tokens"):
-        law, warnings = settings_law(budgets(given), key, rng, 20)
+        law, warnings = settings.settings_law(settings.grids(budgets(given), key), key, rng, 20)
         assert law is not None and not warnings
     # Without the higher rates the best of one budget may lie anywhere beyond.
     best = min(last, key=lambda trial: trial.loss)
     half = [t for t in given if t.compute < best.compute or (t.lr or 0) <= (best.lr or 0)]
-    law, (warning,) = settings_law(budgets(half), "lr", rng, 20)
+    law, (warning,) = settings.settings_law(settings.grids(budgets(half), "lr"), "lr", rng, 20)
     assert law is not None and law.compute == pytest.approx((COMPUTES[0], COMPUTES[3]))
     assert "lr_opt: budget 6e+20: the near-optimal values reach the edge" in warning
     assert "left out; try beyond it" in warning
     few = [trial for trial in half if trial.compute > 2 * COMPUTES[1]]
-    law, warnings = settings_law(budgets(few), "lr", rng, 20)
+    law, warnings = settings.settings_law(settings.grids(budgets(few), "lr"), "lr", rng, 20)
     assert law is None and "lr_opt: a law needs 3 budgets with values on both sides of the best; 2 have" in warnings
-
-
-HEAD = "params,tokens,loss,lr,data\n"
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("params,loss\n1,2\n", "no column tokens"),
-        ("tokens,loss\n1,2\n", "no column params or flops_per_token"),
-        ("params,flops_per_token,tokens,loss\n", "leave one of them out"),
-        (HEAD + "1e6,1e9,x,,\n", r"loss='x' is no number"),
-        (HEAD + "1e6,-1,3,,\n", "tokens=-1 must be above 0"),
-        (HEAD + "1e6,1e9,3,1,web\n1000000,1e9,3.0,1,web\n", "t.csv:3 is .*t.csv:2 again"),
-        (HEAD + "1e6,1e9,3,1,web\n1e6,1e10,2.9,1,\n", "column data: 'web' .*t.csv:2.*nothing for .*t.csv:3"),
-        (HEAD + "1e300,1e300,3,1,web\n", "more FLOPs than can be held"),
-        (HEAD + "1e6,1e9,3,1,web\n1e6,1e9,3,1,web\n", "t.csv:3 is .*t.csv:2 again: .*column `seed`"),
-        (
-            "trial,params,tokens,loss,seed\na,1e6,1e9,3,1\na,1e6,1e9,3.1,2\na,1e6,1e9,3.2,1\n",
-            "t.csv:4 is .*t.csv:2 again with loss 3.2 in place of 3:",
-        ),
-        ("trial,params,tokens,loss\na,1e6,1e9,3\nb,1e6,1e9,3\n", "t.csv:3 is .*t.csv:2 again"),
-        (HEAD + "1e6,1e9,3,1,web\n1e6,2e9,3,1,code\n", "data: 'web' .*'code' .*--mixed"),
-        (
-            "params,tokens,loss\n" + "1e6,1e9,3\n1e6,1e9,3.1\n",
-            "of 3 budgets of compute.*not of 1.*need 3 budgets",
-        ),
-        ("params,tokens,loss\n1,250,3.1,99\n", "more cells than 3 columns"),
-        ("params,tokens,loss,loss\n1,250,3.1,99\n", "column loss is there twice"),
-    ],
-)
-def test_bad_trials_are_refused(tmp_path: Path, text: str, message: str) -> None:
-    (tmp_path / "t.csv").write_text(text)
-    with pytest.raises(InputError, match=message):
-        fit(read_csv([tmp_path / "t.csv"]), draws=5)
-
-
-def test_a_file_named_twice_is_told(tmp_path: Path) -> None:
-    (tmp_path / "t.csv").write_text(HEAD + "1e6,1e9,3,1,web\n")
-    with pytest.raises(InputError, match=r"t\.csv:2 is read twice: its file is named twice"):
-        read_csv([tmp_path / "t.csv"] * 2)
 
 
 def test_one_budget_and_diverged_runs(tmp_path: Path) -> None:
@@ -382,14 +340,6 @@ def test_one_budget_and_diverged_runs(tmp_path: Path) -> None:
     assert found.warnings[0].endswith(" and 2 more") and "far above" in found.warnings[1]
     with pytest.raises(InputError, match="3 budgets of compute or more, not of 1: within one"):
         fit(found, draws=5)
-
-
-def test_a_folder_without_trials_is_told(tmp_path: Path) -> None:
-    for file, message in (("a.txt", "has no trials.csv: name the folder of a"), ("ladder.json", "has ended")):
-        (tmp_path / file).write_text("{}")
-        with pytest.raises(InputError, match=message):
-            fit_command([tmp_path], tmp_path / "fit")
-        assert not (tmp_path / "fit").exists()
 
 
 def test_what_is_printed_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -489,13 +439,6 @@ def test_a_grid_of_learning_rates_alone() -> None:
     assert len(tuned(given)) == len(COMPUTES)
     rule = [Trial(t.name, t.size, t.per, t.tokens, t.loss, 0.01 * t.size**-0.3) for t in trials(0.001)]
     assert "lr_opt" not in fit(Trials(tuple(rule)), draws=5).laws
-
-
-def test_budgets_are_told_by_gaps() -> None:
-    size = 1e8
-    for computes, sizes in (((0.95, 0.98, 1.02, 1.05, 1.06), [5]), ((1.0, 1.04, 1.3, 1.32), [2, 2])):
-        given = [Trial("t", size, "flops_per_token", compute * 1e10, 3.0) for compute in computes]
-        assert [len(group) for group in budgets(given)] == sizes
 
 
 def test_the_command(tmp_path: Path, perilune: Any) -> None:
