@@ -7,6 +7,7 @@ T tokens of the micro-batch on this rank, N heads, D query and key head dim, E v
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,12 +60,21 @@ class PositionRope(torch.nn.Module):
         return packed
 
     def forward(self, packed: PackedRows, packed_seq: bool) -> Any:
-        """Angles [T, 1, R]; with YaRN also what it multiplies their cos and sin by."""
+        """Angles [T, 1, R], whose second half repeats the first; of YaRN also what it scales their cos and sin by."""
         rounded = 1 << (packed.longest - 1).bit_length()  # so that the table's cache is met again
         found = self.table(rounded, packed_seq=packed_seq)
         if isinstance(found, tuple):
             return found[0][packed.positions_T, 0], found[1]
         return found[packed.positions_T, 0]
+
+    def get_cached_cos_sin(
+        self, packed: PackedRows, dtype: torch.dtype, packed_seq: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scaled cos and sin [T, 1, R / 2] of the angles: what Megatron-core asks for where its RoPE is fused."""
+        found = self(packed, packed_seq)
+        angles, scale = found if isinstance(found, tuple) else (found, 1.0)
+        half = angles[..., : angles.shape[-1] // 2]
+        return (half.cos() * scale).to(dtype), (half.sin() * scale).to(dtype)
 
 
 class LatentAttention(MLASelfAttention):
@@ -76,9 +86,15 @@ class LatentAttention(MLASelfAttention):
     it: Megatron-core then gathers the RoPE key along the sequence, whose backward sums over the ranks.
     """
 
+    config: Any  # MLATransformerConfig
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.rotary_pos_emb: torch.nn.Module = PositionRope(self.rotary_pos_emb)
+        if not torch.cuda.is_available():
+            # Fused, by parallel/cpu.py: Megatron-core lets only YaRN ask for that, which the table may be or not be.
+            self.config = copy.copy(self.config)
+            self.config.apply_rope_fusion, self.config.rope_type = True, "yarn"
 
     def _qkv_down_projection(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         q_compressed, kv_combined = super()._qkv_down_projection(hidden_states)

@@ -18,11 +18,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.tensor_parallel import layers, mappings, random
 
 from perilune.kernels.linear import linear
-from perilune.kernels.rope import rotate_pairs
+from perilune.kernels.rope import keys_and_values, rotate_pairs, rotate_tails
 
 _FACTORIES = (
     "tensor zeros ones empty full arange eye rand randn randint zeros_like ones_like empty_like full_like rand_like "
@@ -224,19 +223,20 @@ def _reduce_scatter_uneven(
     return mine[: input_split_sizes[group.rank()]]
 
 
-def _rope(
-    t: torch.Tensor,
-    freqs: torch.Tensor,
-    config: Any,
-    cu_seqlens: torch.Tensor | None = None,
-    mscale: float = 1.0,
-    cp_group: Any = None,
-    mla_rotary_interleaved: bool = False,
+def _rope_of_queries(
+    t: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, qk_head_dim: int, emb_dim: int, *cut: Any
 ) -> torch.Tensor:
-    """RoPE by `kernels/rope.py` where it is MLA's on tokens that carry their own angles."""
-    if cu_seqlens is None and mla_rotary_interleaved and freqs.shape[-1] == t.shape[-1]:
-        return rotate_pairs(t, freqs, mscale)
-    return _ROPE(t, freqs, config, cu_seqlens, mscale, cp_group, mla_rotary_interleaved)
+    """MLA's queries by `kernels/rope.py`: tokens carry their own angles, and none is cut by documents."""
+    del qk_head_dim, emb_dim, cut
+    return rotate_tails(t, cos, sin)
+
+
+def _rope_of_keys(
+    kv: torch.Tensor, k_pos_emb: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, emb_dim: int, k_dim: int, *cut: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same of its keys and values."""
+    del emb_dim, cut
+    return keys_and_values(kv, rotate_pairs(k_pos_emb, cos, sin), k_dim)
 
 
 def _linear(
@@ -287,7 +287,6 @@ def _unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
 
 
 _GATHER, _REDUCE_SCATTER = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
-_ROPE = rope_utils.apply_rotary_pos_emb
 _LINEAR = layers.linear_with_grad_accumulation_and_async_allreduce
 _TENSOR_TYPE = torch.Tensor.type
 _TENSOR_CUDA = torch.Tensor.cuda
@@ -352,11 +351,17 @@ PATCHES: tuple[Patch, ...] = (
         _scale,
         "2026-11: clipping writes every gradient twice: a product, and its copy",
     ),
-    (
-        "megatron.core.transformer.multi_latent_attention",
-        "apply_rotary_pos_emb",
-        _rope,
-        "2026-11: its fused RoPE is for GPUs alone, and no submodule of the layer spec stands for it",
+    *(
+        (
+            "megatron.core.transformer.multi_latent_attention",
+            name,
+            ours,
+            "2026-11: its RoPE that copies little is for GPUs alone, and no submodule of the layer spec stands for it",
+        )
+        for name, ours in (
+            ("fused_apply_mla_rope_for_q", _rope_of_queries),
+            ("fused_apply_mla_rope_for_kv", _rope_of_keys),
+        )
     ),
 )
 # The same where Transformer Engine is missing, on whatever device.

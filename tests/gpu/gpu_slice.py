@@ -361,7 +361,8 @@ def _rope(shape: Shape, dtype: torch.dtype, ours: Operation) -> Contest:
         return turned[:, 0]
 
     rivals = {"Megatron-core's": megatron, "Megatron-core's, compiled": torch.compile(megatron)}
-    return lambda x: ours(x, angles_T1R), rivals, [_normal((T, shape.heads, R), dtype)], 0.0
+    turns = angles_T1R[..., : R // 2].cos().to(dtype), angles_T1R[..., : R // 2].sin().to(dtype)
+    return lambda x: ours(x, *turns), rivals, [_normal((T, shape.heads, R), dtype)], 0.0
 
 
 def _router(shape: Shape, dtype: torch.dtype, ours: Operation) -> Contest:

@@ -126,3 +126,24 @@ def test_experts_are_those_of_one_thread(dtype: torch.dtype) -> None:
     torch.set_num_threads(1)
     for a, b in zip(two, _with_gradients(experts, x, w1, w2, probs), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5 if dtype == torch.float32 else 0.02, atol=1e-5)
+
+
+def test_threads_that_wait_spinning_are_ended_and_started_anew() -> None:
+    try:
+        threads._openmp()
+    except OSError:
+        pytest.skip("torch runs on another OpenMP here")
+
+    def running() -> int:
+        return len(os.listdir("/proc/self/task"))
+
+    x = torch.randn(512, 512)
+    expected = x @ x
+    before = running()
+    threads._end_spinning()
+    deadline = time.monotonic() + 10
+    while running() >= before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert running() < before
+    assert torch.equal(x @ x, expected) and torch.get_num_threads() == 2
+    assert running() == before

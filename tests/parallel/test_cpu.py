@@ -20,7 +20,8 @@ HERE = {
     "_reduce_scatter_along_first_dim",
     "dist_reduce_scatter_func",
     "dist_all_gather_func",
-    "apply_rotary_pos_emb",
+    "fused_apply_mla_rope_for_q",
+    "fused_apply_mla_rope_for_kv",
     "linear_with_grad_accumulation_and_async_allreduce",
     "multi_tensor_scale_impl",
 }
@@ -71,13 +72,28 @@ def test_one_rank_does_not_copy_its_memory_onto_itself() -> None:
     assert asked == [2, 1]
 
 
-@pytest.mark.parametrize("interleaved", [True, False])
-def test_rope_equals_megatrons_whether_ours_takes_it_or_not(interleaved: bool) -> None:
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+def test_fused_rope_is_megatrons_unfused_since_its_fused_needs_a_gpu() -> None:
+    fused = upstream("megatron.core.fusions.fused_mla_yarn_rope_apply")
+    unfused = upstream("megatron.core.models.common.embeddings.rope_utils").apply_rotary_pos_emb
     config = SimpleNamespace(apply_rope_fusion=False, rotary_interleaved=False, multi_latent_attention=True)
-    x, angles = torch.randn(5, 2, 8), torch.randn(5, 1, 4).repeat(1, 1, 2)
-    given = {"config": config, "mscale": 1.1, "cp_group": object(), "mla_rotary_interleaved": interleaved}
-    theirs = upstream("megatron.core.models.common.embeddings.rope_utils").apply_rotary_pos_emb
-    torch.testing.assert_close(cpu._rope(x, angles, **given), theirs(x, angles, **given))
+    P, R, scale = 6, 4, 1.1
+    q, kv, key = torch.randn(5, 2, P + R), torch.randn(5, 2, P + 3), torch.randn(5, 1, R)
+    half = torch.randn(5, 1, R // 2)
+    angles, cos, sin = half.repeat(1, 1, 2), half.cos() * scale, half.sin() * scale
+
+    def turned(x: torch.Tensor) -> torch.Tensor:
+        given = {"config": config, "mscale": scale, "cp_group": object(), "mla_rotary_interleaved": True}
+        out: torch.Tensor = unfused(x, angles, **given)
+        return out
+
+    with pytest.raises((RuntimeError, TypeError, ValueError)):
+        fused.fused_apply_mla_rope_for_q(q, cos, sin, P, R)
+    expected = torch.cat((q[..., :P], turned(q[..., P:])), dim=-1)
+    torch.testing.assert_close(cpu._rope_of_queries(q.clone(), cos, sin, P, R, None, 0, 1), expected)
+    found = cpu._rope_of_keys(kv, key, cos, sin, R, P, 3, None, 0, 1)
+    keys = torch.cat((kv[..., :P], turned(key).expand(-1, 2, -1)), dim=-1)
+    torch.testing.assert_close(found, (keys, kv[..., P:]))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
