@@ -34,7 +34,9 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_backward(x, weight_NK)
         x_TK = x.reshape(-1, x.shape[-1])
         out = x.new_empty(*x.shape[:-1], weight_NK.shape[0])
-        _product(x_TK, weight_NK.T, out.view(-1, weight_NK.shape[0]))
+        product = _Product(matmul.wide(weight_NK).T, out.view(-1, weight_NK.shape[0]))
+        for at, x_CK in _chunks(x_TK):
+            product.put(at, x_CK)
         return out
 
     @staticmethod
@@ -42,36 +44,43 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         x, weight_NK = ctx.saved_tensors
         grad_TN, x_TK = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-            _product(grad_TN, weight_NK, dx.view(x_TK.shape))
+        dx = torch.empty_like(x, memory_format=torch.contiguous_format) if ctx.needs_input_grad[0] else None
         dw = WeightGradient(weight_NK, ctx.needs_input_grad[1])
-        if ctx.needs_input_grad[1]:
-            part = dw.buffer(weight_NK.shape)
-            for left, right in _chunks(grad_TN, x_TK):
-                dw.add(left.T, right, part)
+        into = None if dx is None else _Product(matmul.wide(weight_NK), dx.view(x_TK.shape))
+        part = dw.buffer(weight_NK.shape) if ctx.needs_input_grad[1] else None
+        for at, grad_CN, x_CK in _chunks(grad_TN, x_TK):
+            if into is not None:
+                into.put(at, grad_CN)
+            if ctx.needs_input_grad[1]:
+                dw.add(grad_CN.T, x_CK, part)
         return dx, dw.done()
 
 
-def _product(a_TK: torch.Tensor, b_KN: torch.Tensor, out_TN: torch.Tensor) -> None:
-    b_KN = matmul.wide(b_KN)
-    if b_KN.dtype == out_TN.dtype:
-        torch.mm(a_TK, b_KN, out=out_TN)
-        return
-    buffer = b_KN.new_empty(min(CHUNK, len(a_TK)) * b_KN.shape[1])
-    at = 0
-    for (a_CK,) in _chunks(a_TK):
-        product = torch.mm(a_CK, b_KN, out=buffer[: len(a_CK) * b_KN.shape[1]].view(len(a_CK), -1))
-        out_TN[at : at + len(a_CK)] = product
-        at += len(a_CK)
+class _Product:
+    """The rows of a product, as they come, into a tensor that may have another type."""
+
+    def __init__(self, right_KN: torch.Tensor, out_TN: torch.Tensor) -> None:
+        self._right, self._out = right_KN, out_TN
+        rows = min(CHUNK, len(out_TN)) if right_KN.dtype != out_TN.dtype else 0
+        self._buffer = right_KN.new_empty(rows, right_KN.shape[1])
+
+    def put(self, at: int, left_CK: torch.Tensor) -> None:
+        """The product's rows from `at` on."""
+        out = self._out[at : at + len(left_CK)]
+        if out.dtype == self._right.dtype:
+            torch.mm(left_CK, self._right, out=out)
+        else:
+            out.copy_(torch.mm(left_CK, self._right, out=self._buffer[: len(left_CK)]))
 
 
-def _chunks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """The same rows of each in their working type, valid until the next: all at once if that is the type they have."""
+def _chunks(*tensors: torch.Tensor) -> Iterator[tuple[int, *tuple[torch.Tensor, ...]]]:
+    """Where rows begin and the same rows of each tensor, in the type that it is multiplied in: valid until the next.
+
+    All at once if that is the type they have.
+    """
     if all(matmul.working(x) == x.dtype for x in tensors):
-        yield tensors
+        yield 0, *tensors
         return
     buffers = [x.new_empty(min(CHUNK, len(x)) * x.shape[1], dtype=matmul.working(x)) for x in tensors]
     for at in range(0, len(tensors[0]), CHUNK):
-        yield tuple(matmul.cast(x[at : at + CHUNK], buffer) for x, buffer in zip(tensors, buffers, strict=True))
+        yield at, *(matmul.cast(x[at : at + CHUNK], buffer) for x, buffer in zip(tensors, buffers, strict=True))

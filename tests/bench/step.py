@@ -9,9 +9,10 @@ the median of the rounds'. Each rival runs in every way in which its user might,
 DeepseekV3ForCausalLM with SDPA, its expert implementations (`batched_mm` is left out: it copies the chosen experts'
 weights for every token, 52 GB here) and torch's fused AdamW, in bf16 both with autocast over fp32 weights and all in
 bf16; Megatron-core as tests/bench/megatron_local.py says, in bf16 with fp32 masters, as Perilune always has them.
-`matmul fraction` is model FLOPs a second over the rate of a large matmul in the type in which Perilune multiplies (fp32
-where this CPU is slower with bf16: `kernels/matmul.py`), the median of a second's before every step of ours: as much of
-it as of the step falls into moments when others take the cores. Perilune's processes tell glibc to keep freed memory
+`matmul fraction` is model FLOPs a second over the rate of a large matmul in that type, the median of a second's before
+every step of ours: as much of it as of the step falls into moments when others take the cores. Where this CPU is slower
+with bf16 Perilune multiplies it in fp32 (`kernels/matmul.py`): the fraction of bf16's rate may then be above one, and
+`step_bf16_fp32_matmul_fraction` is that of fp32's. Perilune's processes tell glibc to keep freed memory
 (`parallel/memory.py`); rivals run with it as it is shipped, or with `--keep-freed` as ours do. Memory (rss) is the peak
 resident size of a process of its own that takes two steps; transformers' in bf16 is that with autocast, whose weights
 and optimizer state are fp32 like ours.
@@ -172,7 +173,9 @@ def race(compute: str, tokens: np.ndarray, rounds: int, folder: Path, kept: bool
     Leaves transformers' checkpoint of the first weights in `folder`.
     """
     config, ids, apart = shape(compute), torch.from_numpy(tokens), APART[compute]
-    dtype = torch.float32 if compute == "fp32" or slow_bf16() else torch.bfloat16
+    types = {"matmul": torch.float32 if compute == "fp32" else torch.bfloat16}
+    if compute != "fp32" and slow_bf16():
+        types["fp32_matmul"] = torch.float32
     mine, net = ours(config, tokens)
     write_folder(config, net, folder)
     hows = ("fp32",) if compute == "fp32" else ("autocast", "bf16")
@@ -190,7 +193,7 @@ def race(compute: str, tokens: np.ndarray, rounds: int, folder: Path, kept: bool
         if not kept:
             allocator.keep_freed()
             mine()  # what the rivals' allocator gave back is asked for again
-        rates.append(matmul_rate(dtype))
+        rates.append([matmul_rate(dtype) for dtype in types.values()])
         seconds.append([timed(mine)])
         if not kept:
             as_shipped()
@@ -203,10 +206,12 @@ def race(compute: str, tokens: np.ndarray, rounds: int, folder: Path, kept: bool
         print(f"{compute}: {rival} ({way}) {speeds[i]:.0f} tokens/s, ratio {ratio:.2f}")
         entries.append(entry(f"step_{compute}_vs_{rival}", speeds[0], speeds[i], ratio, "tokens/s"))
     flops = tokens.size * flops_per_token(config.model, SEQ_LEN).training
-    fraction = statistics.median(flops / row[0] / rate for row, rate in zip(seconds, rates, strict=True))
-    rate = statistics.median(rates)
-    print(f"{compute}: {fraction:.0%} of a {rate / 1e9:.0f} GFLOP/s matmul in {str(dtype)[6:]}", flush=True)
-    return [*entries, entry(f"step_{compute}_matmul_fraction", fraction * rate, rate, fraction, "FLOP/s")]
+    for (name, dtype), found in zip(types.items(), zip(*rates, strict=True), strict=True):
+        fraction = statistics.median(flops / row[0] / rate for row, rate in zip(seconds, found, strict=True))
+        rate = statistics.median(found)
+        print(f"{compute}: {fraction:.0%} of a {rate / 1e9:.0f} GFLOP/s matmul in {str(dtype)[6:]}", flush=True)
+        entries.append(entry(f"step_{compute}_{name}_fraction", fraction * rate, rate, fraction, "FLOP/s"))
+    return entries
 
 
 def peak_memory(who: str, compute: str, tokens: np.ndarray) -> None:
