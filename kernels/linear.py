@@ -35,7 +35,7 @@ class _Linear(torch.autograd.Function):
         x_TK = x.reshape(-1, x.shape[-1])
         out = x.new_empty(*x.shape[:-1], weight_NK.shape[0])
         product = _Product(matmul.wide(weight_NK).T, out.view(-1, weight_NK.shape[0]))
-        for at, x_CK in _chunks(x_TK):
+        for at, (x_CK,) in _chunks(x_TK):
             product.put(at, x_CK)
         return out
 
@@ -48,7 +48,7 @@ class _Linear(torch.autograd.Function):
         dw = WeightGradient(weight_NK, ctx.needs_input_grad[1])
         into = None if dx is None else _Product(matmul.wide(weight_NK), dx.view(x_TK.shape))
         part = dw.buffer(weight_NK.shape) if ctx.needs_input_grad[1] else None
-        for at, grad_CN, x_CK in _chunks(grad_TN, x_TK):
+        for at, (grad_CN, x_CK) in _chunks(grad_TN, x_TK):
             if into is not None:
                 into.put(at, grad_CN)
             if ctx.needs_input_grad[1]:
@@ -73,14 +73,14 @@ class _Product:
             out.copy_(torch.mm(left_CK, self._right, out=self._buffer[: len(left_CK)]))
 
 
-def _chunks(*tensors: torch.Tensor) -> Iterator[tuple[int, *tuple[torch.Tensor, ...]]]:
+def _chunks(*tensors: torch.Tensor) -> Iterator[tuple[int, tuple[torch.Tensor, ...]]]:
     """Where rows begin and the same rows of each tensor, in the type that it is multiplied in: valid until the next.
 
     All at once if that is the type they have.
     """
     if all(matmul.working(x) == x.dtype for x in tensors):
-        yield 0, *tensors
+        yield 0, tensors
         return
     buffers = [x.new_empty(min(CHUNK, len(x)) * x.shape[1], dtype=matmul.working(x)) for x in tensors]
     for at in range(0, len(tensors[0]), CHUNK):
-        yield at, *(matmul.cast(x[at : at + CHUNK], buffer) for x, buffer in zip(tensors, buffers, strict=True))
+        yield at, tuple(matmul.cast(x[at : at + CHUNK], b) for x, b in zip(tensors, buffers, strict=True))
