@@ -18,7 +18,7 @@ from perilune.pretrain.hf.folder import write_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _NAMES = {"float32": "F32", "bfloat16": "BF16"}
-_PIECE = 1 << 22  # elements of a tensor that are converted and written at once
+_PIECE = 1 << 18  # elements that are converted and written at once: few enough for a core's cache
 
 
 def parse_size(text: str) -> int:
