@@ -29,6 +29,7 @@ setup(
         "torch>=2.11",
         "megatron-core>=0.19,<0.20",  # the layer specs and the patch list of parallel/cpu.py are for 0.19
         "numpy",
+        "ml_dtypes>=0.5",  # bfloat16 for numpy: an export does without torch
         "packaging",
         "pydantic>=2.7",
         "pyyaml",

@@ -31,9 +31,8 @@ from perilune.pretrain import checkpoint_shards as shards
 from perilune.pretrain import config as configs
 from perilune.pretrain.agreement import Ranks
 from perilune.pretrain.checkpoint_files import CheckpointError, SaveError, latest, verify
-from perilune.pretrain.checkpoint_metadata import Shape, read_metadata, stored_shapes
+from perilune.pretrain.checkpoint_metadata import AVERAGE, Shape, read_metadata, stored_shapes
 from perilune.pretrain.model import Model
-from perilune.pretrain.optim.average import AVERAGE
 from perilune.pretrain.schema import Config
 
 __all__ = ["CheckpointError", "SaveError", "init_from", "latest", "load", "save", "snapshot", "verify", "write"]

@@ -19,12 +19,12 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 
 from perilune.pretrain.agreement import Ranks
-from perilune.pretrain.optim.average import AVERAGE, EMA, average_of
+from perilune.pretrain.checkpoint_metadata import AVERAGE, EMA, MASTER
+from perilune.pretrain.optim.average import average_of
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]  # offsets and sizes
 
-_MASTER = "optimizer.state.param."  # as the distributed optimizer names it...
-_PLAIN_MASTER = "optimizer.state.fp32_param."  # ...and as the plain mixed-precision one does
+_PLAIN_MASTER = "optimizer.state.fp32_param."  # what the plain mixed-precision optimizer calls a master
 _STATE = re.compile(r"^optimizer\.state\.[^.]+\.")  # stands before a weight's key
 
 
@@ -92,7 +92,7 @@ def sharded_state(
         else:
             part = one.sharded_state_dict(model_state, is_loading=loading, metadata={"non_homogeneous_layers": True})
             for master in nested_values(part.get("fp32_from_fp16_params", [])):
-                master.key = master.key.replace(_PLAIN_MASTER, _MASTER, 1)
+                master.key = master.key.replace(_PLAIN_MASTER, MASTER, 1)
             state[index] = part | _whole_averages(one, model_state)
     return state
 
@@ -254,7 +254,7 @@ def _stored(
 
 def is_moment(key: str) -> bool:
     """Whether `key`, of an optimizer's state, is no master's and no average's."""
-    return not key.startswith((_MASTER, AVERAGE))
+    return not key.startswith((MASTER, AVERAGE))
 
 
 def is_average(key: str) -> bool:

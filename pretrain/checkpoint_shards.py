@@ -188,9 +188,9 @@ def _theirs(metadata: plain.Metadata) -> Metadata:
     """In DCP's own classes."""
     tensors: dict[str, STORAGE_TYPES] = {
         key: TensorStorageMetadata(
-            TensorProperties(entry.properties.dtype),
-            entry.size,
-            [ChunkStorageMetadata(chunk.offsets, chunk.sizes) for chunk in entry.chunks],
+            TensorProperties(getattr(torch, entry.properties.dtype)),
+            torch.Size(entry.size),
+            [ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.sizes)) for chunk in entry.chunks],
         )
         for key, entry in metadata.state_dict_metadata.items()
     }

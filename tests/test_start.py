@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from packed_rows import lognormal_lengths, packed_lengths, random_rows, write_dataset
 
 from perilune.parallel import late_compile
+from perilune.pretrain.data.pack import pack
+from perilune.pretrain.data.tokenizer import train_tokenizer
 
 SEQ_LEN, VOCAB = 64, 512  # of the preset tiny
 
@@ -26,9 +27,29 @@ def imported(code: str, *names: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data") / "train"
-    pieces = packed_lengths(lognormal_lengths(64, median=20), SEQ_LEN)[:4]
-    return write_dataset(folder, random_rows(pieces, VOCAB), SEQ_LEN, VOCAB)
+    folder = tmp_path_factory.mktemp("data")
+    text = folder / "text.md"
+    text.write_text(Path(late_compile.__file__).read_text() * 2)
+    train_tokenizer([str(text)], folder / "tok", VOCAB)
+    pack([str(text)], folder / "packed", folder / "tok", SEQ_LEN)
+    return folder / "packed"
+
+
+@pytest.fixture(scope="module")
+def first_step(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """A run of one step, and what of Megatron-core and the compiler it imported."""
+    run = tmp_path_factory.mktemp("runs") / "run"
+    code = f"""
+import os
+os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0", CUDA_VISIBLE_DEVICES="")
+import torch.distributed as dist
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+from perilune.pretrain.cli import main
+keys = ["data.path={packed}", "train.steps=1", "train.global_batch_size=1"]
+try: main(["train", "tiny", *keys, "--run", {str(run)!r}])
+except SystemExit as end: assert not end.code, end.code
+"""
+    return run, imported(code, "megatron.core", "torch._inductor.compile_fx")
 
 
 def test_help_imports_neither_torch_nor_megatron_nor_numpy() -> None:
@@ -78,17 +99,22 @@ def test_what_is_compiled_late_is_compiled_once_and_with_its_options(monkeypatch
     assert late_compile._when_called(compiler, True, double) is double and len(asked) == 2
 
 
-def test_a_first_step_on_a_cpu_compiles_nothing(packed: Path, tmp_path: Path) -> None:
+def test_a_first_step_on_a_cpu_compiles_nothing(first_step: tuple[Path, list[str]]) -> None:
     """TorchDynamo's front is imported by torch's optimizers; its back, TorchInductor, by nothing of a run."""
+    run, found = first_step
+    assert found == ["megatron.core"]
+    assert (run / "metrics.jsonl").read_text().count("\n") == 1
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_an_export_imports_no_torch(dtype: str, first_step: tuple[Path, list[str]], tmp_path: Path) -> None:
+    """It takes longer than many an export. The run's tokenizer comes along."""
+    words = ["export", str(first_step[0]), "--out", str(tmp_path / "hf"), "--dtype", dtype]
     code = f"""
-import os
-os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0", CUDA_VISIBLE_DEVICES="")
-import torch.distributed as dist
-dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 from perilune.pretrain.cli import main
-keys = ["data.path={packed}", "train.steps=1", "train.global_batch_size=1"]
-try: main(["train", "tiny", *keys, "--run", {str(tmp_path / "run")!r}])
+try: main({words})
 except SystemExit as end: assert not end.code, end.code
 """
-    assert imported(code, "megatron.core", "torch._inductor.compile_fx") == ["megatron.core"]
-    assert (tmp_path / "run" / "metrics.jsonl").read_text().count("\n") == 1
+    modules = ("perilune.pretrain.hf.export", "tokenizers", "torch", "megatron", "transformers")
+    assert imported(code, *modules) == ["perilune.pretrain.hf.export", "tokenizers"]
+    assert {"model.safetensors", "tokenizer.json"} <= {file.name for file in (tmp_path / "hf").iterdir()}

@@ -26,7 +26,7 @@ from perilune.pretrain.hf.folder import read_json
 from perilune.pretrain.hf.importing import Reader
 from perilune.pretrain.hf.source import Checkpoint, checkpoint_of, neither
 from perilune.pretrain.hf.table import Tensor
-from perilune.pretrain.hf.weights import WeightFolder
+from perilune.pretrain.hf.weights import WeightFolder, as_torch
 from perilune.pretrain.schema import Config, Contrastive, Model, Precision, Vision
 from perilune.vision.image_header import ImageRule
 
@@ -109,11 +109,11 @@ def open_model(path: Path, tokenizer: Path | None = None, *, average: bool = Fal
         raise InputError(neither(path, "a Hugging Face folder (config.json)"))
     checkpoint = Checkpoint(path, average=average)
     model, vision = replace(checkpoint.config.model, num_nextn_predict_layers=0), checkpoint.config.vision
-    net = _build(model, vision, checkpoint.dtype(), checkpoint.config.contrastive)
+    net = _build(model, vision, getattr(torch, checkpoint.dtype()), checkpoint.config.contrastive)
 
     def read(target: torch.Tensor, key: str) -> None:
         known, name = key in checkpoint.tensors, checkpoint.average_of(key) if average else key
-        target.copy_(checkpoint.read(name) if known else checkpoint.read_besides(name, target.shape))
+        target.copy_(as_torch(checkpoint.read(name) if known else checkpoint.read_besides(name, target.shape)))
 
     _fill(net, checkpoint.tensors, read)
     own = card.tokenizer_of(checkpoint) if tokenizer is None else card.TokenizerFiles()

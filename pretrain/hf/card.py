@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from perilune.pretrain.data.manifest import image_rule, read_manifest
 from perilune.pretrain.data.tokenizer import load_tokenizer
 from perilune.pretrain.errors import InputError
@@ -104,7 +102,7 @@ def generation_config(tokenizer: TokenizerFiles) -> dict[str, Any]:
     return {f"{name}_token_id": number for name, number in tokenizer.ids.items() if number is not None}
 
 
-def write(folder: Path, checkpoint: Checkpoint, target: torch.dtype, verdict: str | None) -> None:
+def write(folder: Path, checkpoint: Checkpoint, target: str, verdict: str | None) -> None:
     """README.md: shape, training and provenance as the checkpoint has them."""
     m, config, manifest = checkpoint.config.model, checkpoint.config, checkpoint.manifest
     run_state = manifest["run_state"]
@@ -209,16 +207,15 @@ def _measured(checkpoint: Checkpoint) -> dict[str, str]:
     return {}
 
 
-def _type_of_tensors(checkpoint: Checkpoint, target: torch.dtype) -> str:
+def _type_of_tensors(checkpoint: Checkpoint, target: str) -> str:
     """The type, and what became of the weights' own if that is another."""
-    averages = torch.float32 if checkpoint.average else None
-    name, own = (str(dtype).removeprefix("torch.") for dtype in (target, averages or checkpoint.dtype()))
-    if name == own:
-        return name
-    if target is torch.bfloat16:
-        return f"{name}, rounded from {own}"
+    own = "float32" if checkpoint.average else checkpoint.dtype()
+    if target == own:
+        return target
+    if target == "bfloat16":
+        return f"{target}, rounded from {own}"
     masters = "the masters of the" if checkpoint.has_masters() else "cast from"
-    return f"{name}, {masters} {own} weights"
+    return f"{target}, {masters} {own} weights"
 
 
 def folder_title(checkpoint: Checkpoint) -> str:

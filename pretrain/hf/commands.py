@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
-from perilune.pretrain.hf.weights import parse_size
+from perilune.pretrain.hf.shards import parse_size
 
 _FAILED = 1
 
@@ -26,13 +27,16 @@ def export_command(
     if not _first():
         return 0
     size = parse_size(max_shard_size)
-    from perilune.pretrain.hf import verify as checks
-    from perilune.pretrain.hf.export import export
+    from perilune.pretrain.hf.export import VerifyError, export
 
+    verified_by: Callable[..., str] | None = None
+    if verify:
+        from perilune.pretrain.hf import verify as checks  # with torch, which the export itself does not import
+
+        verified_by = checks.verify
     try:
-        verified_by = checks.verify if verify else None
         export(source, out, dtype=dtype, names=names, max_shard_bytes=size, average=ema, verified_by=verified_by)
-    except checks.VerifyError as error:
+    except VerifyError as error:
         print(f"perilune: error: {error}. Nothing was left at {out}", file=sys.stderr)
         return _FAILED
     return 0

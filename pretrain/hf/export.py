@@ -1,7 +1,8 @@
 """`perilune export`: a checkpoint becomes a folder that transformers, vLLM and SGLang load.
 
-One process reads and writes one tensor at a time, experts one by one: at its peak it holds the largest tensor that it
-writes, or the experts that one process of the run saved, and what reading them takes; not the model, not a layer.
+One process reads and writes one tensor at a time, experts one by one, from where the system caches the checkpoint's
+files: at its peak it holds the largest tensor of which several processes of the run saved parts; not the model, not a
+layer. Nothing here imports torch, which takes longer than many an export.
 """
 
 from __future__ import annotations
@@ -10,18 +11,23 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
-import torch
+import numpy as np
 
+from perilune.pretrain.checkpoint_metadata import MASTER
 from perilune.pretrain.errors import InputError
 from perilune.pretrain.hf import card
 from perilune.pretrain.hf.config import config_to_hf
 from perilune.pretrain.hf.config_vision import Media, preprocessor, with_vision
 from perilune.pretrain.hf.folder import new_folder, refuse_existing, write_json
-from perilune.pretrain.hf.source import MASTER, Checkpoint
+from perilune.pretrain.hf.shards import ShardWriter
+from perilune.pretrain.hf.source import Checkpoint
 from perilune.pretrain.hf.table import Block
-from perilune.pretrain.hf.weights import ShardWriter
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+
+
+class VerifyError(RuntimeError):
+    """An export that is not the checkpoint's model; the message holds what differs and by how much."""
 
 
 def export(
@@ -32,7 +38,7 @@ def export(
     names: str | None = None,
     max_shard_bytes: int = 5 * 10**9,
     average: bool = False,
-    verified_by: Callable[[Path, Checkpoint, torch.dtype], str] | None = None,
+    verified_by: Callable[[Path, Checkpoint, str], str] | None = None,
     say: Callable[[str], None] = print,
 ) -> Path:
     """Write the checkpoint (a run's newest) as the Hugging Face folder `out`; returns `out`.
@@ -48,7 +54,7 @@ def export(
     checkpoint = Checkpoint(run_or_checkpoint, hashed=False, names=names, average=average)
     target = DTYPES[dtype] if dtype else checkpoint.dtype()
     tokenizer = card.tokenizer_of(checkpoint)
-    config = config_to_hf(checkpoint.config.model, dtype=str(target).removeprefix("torch."), **tokenizer.ids)
+    config = config_to_hf(checkpoint.config.model, dtype=target, **tokenizer.ids)
     if checkpoint.config.vision.num_layers:
         kept = checkpoint.manifest["run_state"].get("media")  # of imported weights
         media = tokenizer.media or (Media(**kept) if kept else None)
@@ -66,7 +72,7 @@ def export(
             write_json(folder / "preprocessor_config.json", processor)
         write_json(folder / "generation_config.json", card.generation_config(tokenizer))
         tokenizer.copy_to(folder)
-        plan = [(b.theirs, b.shape, torch.float32 if b.fp32 else target)
+        plan = [(b.theirs, b.shape, dtype_of(b, target))
                 for tensor in checkpoint.tensors.values() for b in tensor.blocks]  # fmt: skip
         writer = ShardWriter(folder, plan, max_shard_bytes)
         with checkpoint.hashed_meanwhile(names_in(checkpoint, target)), closing(writer):
@@ -79,23 +85,28 @@ def export(
     return out
 
 
-def stream(checkpoint: Checkpoint, target: torch.dtype) -> Iterator[tuple[Block, torch.Tensor]]:
-    """Every block of the table with our values, of type `target` (router biases fp32), tensor after tensor."""
+def dtype_of(block: Block, target: str) -> str:
+    """Of what is written for `block` in an export in `target`."""
+    return "float32" if block.fp32 else target
+
+
+def stream(checkpoint: Checkpoint, target: str) -> Iterator[tuple[Block, np.ndarray]]:
+    """Every block of the table with our values for an export in `target`, as they are stored, tensor after tensor."""
     for tensor, name in zip(checkpoint.tensors.values(), names_in(checkpoint, target), strict=True):
         for offset, shape, own in tensor.pieces():
             piece = checkpoint.read(name, offset[0], offset[0] + shape[0])
-            if tuple(piece.shape) != shape:
+            if piece.shape != shape:
                 raise InputError(f"{checkpoint.path}: {name} is not {list(tensor.shape)}")
             for block in tensor.blocks if shape == tensor.shape else own:
-                yield block, piece[block.index_in_piece].to(torch.float32 if block.fp32 else target)
+                yield block, piece[block.index_in_piece]
 
 
-def names_in(checkpoint: Checkpoint, target: torch.dtype) -> list[str]:
+def names_in(checkpoint: Checkpoint, target: str) -> list[str]:
     """The stored tensor of each of `checkpoint.tensors`: fp32 of bf16 weights are their masters, where it has them.
 
     Averages, where it is opened for them, are fp32 whatever the weights are.
     """
     if checkpoint.average:
         return [checkpoint.average_of(t.name) for t in checkpoint.tensors.values()]
-    masters = target is torch.float32 and checkpoint.dtype() is torch.bfloat16 and checkpoint.has_masters()
+    masters = target == "float32" and checkpoint.dtype() == "bfloat16" and checkpoint.has_masters()
     return [MASTER + t.name if masters and not t.fp32 else t.name for t in checkpoint.tensors.values()]

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import io
-import mmap
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import IO, Any, cast
 
-import torch
+import numpy as np
 
 from perilune.pretrain import checkpoint_files as files
 from perilune.pretrain import config as configs
 from perilune.pretrain.checkpoint_files import CheckpointError
-from perilune.pretrain.checkpoint_metadata import METADATA, Index, read_metadata, stored_shapes
+from perilune.pretrain.checkpoint_metadata import AVERAGE, MASTER, METADATA, Index, read_metadata, stored_shapes
+from perilune.pretrain.checkpoint_tensor import DTYPES, mapped
 from perilune.pretrain.errors import InputError
 from perilune.pretrain.hf.table import FORMATS, Tensor, format_of, tensors
-from perilune.pretrain.optim.average import AVERAGE
 from perilune.pretrain.rules import part_of
 from perilune.pretrain.schema import Config
 
 CONTRASTIVE = "contrastive."  # before the names of what compares images with texts: of no later stage and no format
-MASTER = "optimizer.state.param."  # before the name of a weight: its fp32 master
 _NAMED = 3
 
 
@@ -60,7 +56,7 @@ class Checkpoint:
             )
         self.tensors: dict[str, Tensor] = tensors(self.config.model, self.config.vision, self.names)
         self._stored = stored_shapes(self._metadata)
-        self._held: dict[Index, torch.Tensor] = {}
+        self._held: dict[Index, np.ndarray] = {}
         self._check()
         self.average = average
         if average:
@@ -75,8 +71,8 @@ class Checkpoint:
         above = self.path.resolve().parent
         return above.parent if above.name == "checkpoints" else None
 
-    def dtype(self) -> torch.dtype:
-        """Of the weights: fp32 or bf16."""
+    def dtype(self) -> str:
+        """Of the weights: `float32` or `bfloat16`."""
         found = {
             dtype for name, (_, dtype) in self._stored.items() if name in self.tensors and not self.tensors[name].fp32
         }
@@ -84,7 +80,7 @@ class Checkpoint:
             raise CheckpointError(
                 f"{self.path} holds weights of {sorted(found)}; float32 or bfloat16 throughout is expected"
             )
-        return torch.float32 if found == {"float32"} else torch.bfloat16
+        return found.pop()
 
     def hashed_meanwhile(self, names: Iterable[str]) -> AbstractContextManager[None]:
         """Hash the files that hold the tensors `names` while the body reads them; raises CheckpointError at its end."""
@@ -92,9 +88,9 @@ class Checkpoint:
         held = {place.relative_path for at, place in self._metadata.storage_data.items() if at.fqn in wanted}
         return files.checked_meanwhile(self.path, self.manifest, sorted(held))
 
-    def read_besides(self, name: str, shape: torch.Size) -> torch.Tensor:
+    def read_besides(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         """A tensor that no format has a place for. Raises CheckpointError where it is not there or of another shape."""
-        if name not in self._stored or tuple(self._stored[name][0]) != tuple(shape):
+        if name not in self._stored or self._stored[name][0] != tuple(shape):
             found = self._stored[name][0] if name in self._stored else "not there"
             raise CheckpointError(f"{self.path}: {name} is {found}, by the configuration {list(shape)}")
         return self.read(name)
@@ -110,7 +106,7 @@ class Checkpoint:
         """Whether every bf16 weight has its fp32 master in the optimizer's state."""
         return all(t.fp32 or MASTER + t.name in self._stored for t in self.tensors.values())
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """`start` to `stop` (None: the end) along dim 0 of the global tensor `name`, in the type in which it is stored.
 
         Read in ascending order, each of its stored parts is read once: one that reaches beyond `stop` is kept.
@@ -129,21 +125,21 @@ class Checkpoint:
             if end > stop:
                 self._held[index] = part
             cut = part[low - first : high - first]
-            if tuple(cut.shape) == shape:
+            if cut.shape == shape:
                 return cut
             if found is None:
-                found = torch.empty(shape, dtype=entry.properties.dtype)
+                found = np.empty(shape, DTYPES[entry.properties.dtype])
             across = (slice(o, o + n) for o, n in zip(chunk.offsets[1:], chunk.sizes[1:], strict=True))
             found[slice(low - start, high - start), *across] = cut
         if found is None:
             raise CheckpointError(f"{self.path}: {name} has no parts")
         return found
 
-    def _part(self, index: Index, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    def _part(self, index: Index, shape: tuple[int, ...], dtype: str) -> np.ndarray:
         """A part of a tensor as one process stored it."""
         place = self._metadata.storage_data[index]
-        part = _mapped(self.path / place.relative_path, place.offset, place.length)
-        if part.dtype != dtype or tuple(part.shape) != tuple(shape):
+        part = mapped(self.path / place.relative_path, place.offset, place.length)
+        if part.dtype != DTYPES[dtype] or part.shape != shape:
             raise CheckpointError(
                 f"{self.path}: {index.fqn} holds {list(part.shape)} {part.dtype} where its metadata says "
                 f"{list(shape)} {dtype}"
@@ -188,44 +184,6 @@ class Checkpoint:
         for name, tensor in self.tensors.items():
             if self._stored[self.average_of(name)][0] != tensor.shape:
                 raise CheckpointError(f"{self.path}: {self.average_of(name)} is not {list(tensor.shape)}")
-
-
-def _mapped(file: Path, start: int, length: int) -> torch.Tensor:
-    """The tensor that torch.save wrote to `length` bytes of `file`, in the system's cache of the file: not copied."""
-    skipped = start % mmap.ALLOCATIONGRANULARITY
-    with open(file, "rb") as stream:
-        window = mmap.mmap(stream.fileno(), skipped + length, offset=start - skipped, access=mmap.ACCESS_COPY)
-    view = cast(IO[bytes], _View(memoryview(window)[skipped:]))
-    described = torch.load(view, map_location="meta", weights_only=True)
-    storage = described.untyped_storage()
-    begin = skipped + storage._checkpoint_offset
-    raw = torch.frombuffer(window, dtype=torch.uint8, count=storage.nbytes(), offset=begin)
-    if raw.data_ptr() % described.dtype.itemsize:
-        raw = raw.clone()  # a checkpoint of before tensors were aligned
-    return raw.view(described.dtype).as_strided(described.shape, described.stride(), described.storage_offset())
-
-
-class _View(io.RawIOBase):
-    """Memory as a file."""
-
-    def __init__(self, memory: memoryview) -> None:
-        self._memory, self._at = memory, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = max(0, offset + (0, self._at, len(self._memory))[whence])
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        part = self._memory[self._at : self._at + len(buffer)]
-        buffer[: len(part)] = part
-        self._at += len(part)
-        return len(part)
 
 
 def checkpoint_of(path: Path) -> Path | None:

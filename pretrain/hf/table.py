@@ -12,10 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-
-import torch
+from typing import TYPE_CHECKING
 
 from perilune.pretrain.schema import Model, Vision
+
+if TYPE_CHECKING:  # an export takes less time than to import torch
+    import numpy as np
+    import torch
 
 FORMATS = ("deepseek_v3", "kimi_vl", "kimi_k25")
 _PROJECTOR = {  # format -> the hub's names of the projector's parts
@@ -43,16 +46,16 @@ class Block:
         """Of `ours[index]`."""
         return self.view or self.shape
 
-    def to_theirs(self, ours: torch.Tensor) -> torch.Tensor:
+    def to_theirs[A: (np.ndarray, torch.Tensor)](self, ours: A) -> A:
         """`ours[index]` as theirs has it."""
         if self.heads:
-            ours = ours.unflatten(0, (self.heads, 3, -1)).transpose(0, 1).flatten(0, 2)
+            ours = ours.reshape(self.heads, 3, -1, *ours.shape[1:]).swapaxes(0, 1)
         return ours.reshape(self.shape)
 
-    def to_ours(self, theirs: torch.Tensor) -> torch.Tensor:
+    def to_ours[A: (np.ndarray, torch.Tensor)](self, theirs: A) -> A:
         """The inverse of `to_theirs`."""
         if self.heads:
-            theirs = theirs.unflatten(0, (3, self.heads, -1)).transpose(0, 1).flatten(0, 2)
+            theirs = theirs.reshape(3, self.heads, -1, *theirs.shape[1:]).swapaxes(0, 1)
         return theirs.reshape(self.shape_of_ours)
 
     @property

@@ -20,10 +20,10 @@ import torch
 from perilune.parallel.workers import Workers
 from perilune.pretrain.errors import InputError
 from perilune.pretrain.hf import ours, verify_images
-from perilune.pretrain.hf.export import stream
+from perilune.pretrain.hf.export import VerifyError, dtype_of, stream
 from perilune.pretrain.hf.folder import read_json
 from perilune.pretrain.hf.source import Checkpoint
-from perilune.pretrain.hf.weights import WeightFolder
+from perilune.pretrain.hf.weights import WeightFolder, as_torch
 from perilune.pretrain.schema import Model
 
 TOLERANCE = 1e-4  # largest |difference| of fp32 logits
@@ -40,10 +40,6 @@ for e in (0.0, 0.1, 0.25):
 """
 
 
-class VerifyError(RuntimeError):
-    """An export that is not the checkpoint's model; the message holds what differs and by how much."""
-
-
 @dataclass(frozen=True)
 class Difference:
     """The largest |difference| of logits over one text: the main model's, and each MTP depth's."""
@@ -55,7 +51,7 @@ class Difference:
 
 
 def verify(
-    folder: Path, checkpoint: Checkpoint, target: torch.dtype, *, workers: Workers | None = None,
+    folder: Path, checkpoint: Checkpoint, target: str, *, workers: Workers | None = None,
     say: Callable[[str], None] = print,
 ) -> str:  # fmt: skip
     """Check the export in `folder`; returns one line for the card. Raises VerifyError, and InputError where
@@ -140,7 +136,7 @@ def _difference(name: str, ours: torch.Tensor, theirs: torch.Tensor) -> Differen
     return Difference(name, tokens, by_depth[0], tuple(by_depth[1:]) if len(theirs) == len(ours) else None)
 
 
-def same_tensors(folder: Path, checkpoint: Checkpoint, target: torch.dtype) -> None:
+def same_tensors(folder: Path, checkpoint: Checkpoint, target: str) -> None:
     """Raises VerifyError unless `folder` holds the checkpoint's values in type `target`, and no other tensor."""
     with WeightFolder(folder) as written:
         left = set(written.entries)
@@ -149,7 +145,9 @@ def same_tensors(folder: Path, checkpoint: Checkpoint, target: torch.dtype) -> N
                 raise VerifyError(f"{folder}: {block.theirs} was not written")
             left.discard(block.theirs)
             again = block.to_ours(written.read(block.theirs))
-            if again.dtype != values.dtype or not torch.equal(_bits(again), _bits(values)):
+            # Rounded by torch: what was written was not.
+            mine = as_torch(values).to(getattr(torch, dtype_of(block, target)))
+            if again.dtype != mine.dtype or not torch.equal(_bits(again), _bits(mine)):
                 raise VerifyError(f"{folder}: {block.theirs} is not what {checkpoint.path} holds")
         if left:
             raise VerifyError(f"{folder}: {sorted(left)[:3]} belong to no model")

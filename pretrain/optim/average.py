@@ -19,9 +19,6 @@ from typing import Any
 
 import torch
 
-EMA = "ema"  # the name of an average among a weight's states in checkpoints
-AVERAGE = f"optimizer.state.{EMA}."  # stands there before the name of the weight
-
 
 class Average:
     """Of all parameters of `part`, one of the optimizers in Megatron-core's chain; 0 <= `decay` < 1."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import hf_folders as folders
+import numpy as np
 import pytest
 import torch
 
@@ -23,7 +24,7 @@ from perilune.pretrain import config as configs
 from perilune.pretrain.errors import InputError
 from perilune.pretrain.hf.export import export
 from perilune.pretrain.hf.importing import import_hf
-from perilune.pretrain.hf.weights import ShardWriter, parse_size
+from perilune.pretrain.hf.shards import ShardWriter, parse_size
 from perilune.pretrain.schema import Config
 
 MODEL = replace(folders.MODELS["mtp 1"], num_layers=2, n_routed_experts=4)
@@ -224,7 +225,7 @@ def test_interrupted(tmp_path: Path, good: Path, checkpoint: Path, monkeypatch: 
     seen = []
     put = ShardWriter.put
 
-    def stop(self: ShardWriter, name: str, tensor: torch.Tensor) -> None:
+    def stop(self: ShardWriter, name: str, tensor: np.ndarray) -> None:
         seen.append((tmp_path / "y").exists())
         if len(seen) > 20:
             raise KeyboardInterrupt
