@@ -1,8 +1,12 @@
-"""A new file that is hashed, and on its way to the disk, while it is written: at its end little is left to wait for."""
+"""A new file that is hashed, and on its way to the disk, while it is written: at its end little is left to wait for.
+
+What is hashed are the bytes in the system's cache of the file, behind the writer, who never waits for it.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import mmap
 import os
 from collections.abc import Buffer
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,7 +14,8 @@ from pathlib import Path
 from types import TracebackType
 
 _PIECE = 1 << 24  # bytes handed to the system at once
-_PARALLEL = 1 << 18  # bytes from which hashing in a second thread is worth its start
+_BEHIND = 1 << 22  # bytes that are written before a helper is asked to hash them
+_WINDOW = 1 << 26  # bytes mapped at once
 _AHEAD = 1 << 26  # bytes written between two requests to sync
 
 
@@ -25,10 +30,12 @@ class SyncedFile:
     def __init__(self, path: Path, *, hashed: bool) -> None:
         self.size = 0
         self._digest = hashlib.sha256() if hashed else None
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         self._helpers = ThreadPoolExecutor(2, thread_name_prefix="synced-file")
         self._syncing: Future[None] | None = None
         self._unsynced = 0  # bytes written since a sync was last asked for
+        self._hashing: Future[None] | None = None
+        self._hashed = 0
 
     def __enter__(self) -> SyncedFile:
         return self
@@ -41,16 +48,8 @@ class SyncedFile:
 
     def write(self, data: Buffer) -> int:
         """Append `data`, which may change once this returns. Returns its bytes."""
-        view, hashing = memoryview(data).cast("B"), None
-        if self._digest is not None and len(view) < _PARALLEL:
-            self._digest.update(view)
-        elif self._digest is not None:
-            hashing = self._helpers.submit(self._digest.update, view)
-        try:
-            self._put(view, self.size)
-        finally:
-            if hashing is not None:
-                hashing.result()
+        view = memoryview(data).cast("B")
+        self._put(view, self.size)
         return len(view)
 
     def write_at(self, data: Buffer, start: int) -> None:
@@ -63,7 +62,7 @@ class SyncedFile:
         """Nothing is held back; torch.save asks for it."""
 
     def hexdigest(self) -> str:
-        """SHA-256 of what was written. Raises ValueError for a file that is not `hashed`."""
+        """SHA-256 of what was written, once it is closed. Raises ValueError for a file that is not `hashed`."""
         if self._digest is None:
             raise ValueError("this file is not hashed")
         return self._digest.hexdigest()
@@ -71,9 +70,11 @@ class SyncedFile:
     def close(self) -> None:
         """Wait until all is on the disk, and close."""
         try:
+            rest = self._helpers.submit(self._hash, self._hashing, self.size)
             if self._syncing is not None:
                 self._syncing.result()  # an error of the disk is told once: here if the helper met it
             os.fsync(self._descriptor)
+            rest.result()
         finally:
             self.abandon()
 
@@ -89,9 +90,25 @@ class SyncedFile:
         while at < len(view):
             count = os.pwrite(self._descriptor, view[at : at + _PIECE], start + at)
             at += count
+            self.size = max(self.size, start + at)
             self._unsynced += count
             if self._unsynced >= _AHEAD and (self._syncing is None or self._syncing.done()):
                 if self._syncing is not None:
                     self._syncing.result()
                 self._unsynced, self._syncing = 0, self._helpers.submit(os.fsync, self._descriptor)
-        self.size = max(self.size, start + at)
+            if self.size - self._hashed >= _BEHIND and (self._hashing is None or self._hashing.done()):
+                self._hashing = self._helpers.submit(self._hash, self._hashing, self.size)
+
+    def _hash(self, before: Future[None] | None, end: int) -> None:
+        """Go on to byte `end`, after what was asked for `before`."""
+        if before is not None:
+            before.result()
+        while self._digest is not None and self._hashed < end:
+            skipped = self._hashed % mmap.ALLOCATIONGRANULARITY
+            length = skipped + min(end - self._hashed, _WINDOW)
+            mapped = mmap.mmap(
+                self._descriptor, length, mmap.MAP_PRIVATE, mmap.PROT_READ, offset=self._hashed - skipped
+            )
+            with mapped, memoryview(mapped) as whole, whole[skipped:] as part:
+                self._digest.update(part)
+            self._hashed += length - skipped

@@ -10,12 +10,13 @@ DeepseekV3ForCausalLM with SDPA, its expert implementations (`batched_mm` is lef
 weights for every token, 52 GB here) and torch's fused AdamW, in bf16 both with autocast over fp32 weights and all in
 bf16; Megatron-core as tests/bench/megatron_local.py says, in bf16 with fp32 masters, as Perilune always has them.
 `matmul fraction` is model FLOPs a second over the rate of a large matmul in that type, the median of a second's before
-every step of ours: as much of it as of the step falls into moments when others take the cores. Where this CPU is slower
-with bf16 Perilune multiplies it in fp32 (`kernels/matmul.py`): the fraction of bf16's rate may then be above one, and
-`step_bf16_fp32_matmul_fraction` is that of fp32's. Perilune's processes tell glibc to keep freed memory
-(`parallel/memory.py`); rivals run with it as it is shipped, or with `--keep-freed` as ours do. Memory (rss) is the peak
-resident size of a process of its own that takes two steps; transformers' in bf16 is that with autocast, whose weights
-and optimizer state are fp32 like ours.
+every step: as much of it as of the step falls into moments when others take the cores. It is measured in a process of
+its own, as a run has it, with the router's own choices (natural), as all else here; `step_fp32_balanced_vs_natural` has
+experts chosen in turn beside it. Where this CPU is slower with bf16 Perilune multiplies it in fp32
+(`kernels/matmul.py`): the fraction of bf16's rate may then be above one, and `step_bf16_fp32_matmul_fraction` is that
+of fp32's. Perilune's processes tell glibc to keep freed memory (`parallel/memory.py`); rivals run with it as it is
+shipped, or with `--keep-freed` as ours do. Memory (rss) is the peak resident size of a process of its own that takes
+two steps; transformers' in bf16 is that with autocast, whose weights and optimizer state are fp32 like ours.
 """
 
 from __future__ import annotations
@@ -38,14 +39,16 @@ from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-sys.path.append(str(Path(__file__).parent))
+sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1] / "shared")]
 
 import megatron_local
 import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
+from forced_balance import force_balance
 from matmul import emulates_bf16, matmul_rate
 from safetensors.torch import save_file
 
@@ -68,6 +71,8 @@ from perilune.pretrain.timetable import StepPlan
 SEQ_LEN, CLIP = 1024, 1.0
 EXPERTS = ("grouped_mm", "eager")
 APART = {"fp32": 1e-5, "bf16": 5e-3}  # of the losses at the first step, relative
+ALONE = 5  # steps of a process of its own
+MEMORY_OF = {"memory of ours": "ours", "memory of theirs": "theirs"}
 Step = Callable[[], float]  # takes one step, returns its loss
 
 
@@ -164,7 +169,7 @@ def measure(compute: str, tokens: np.ndarray, rounds: int, kept: bool) -> list[d
         gc.collect()
         as_shipped()
         ctypes.CDLL(None).malloc_trim(0)  # the processes whose memory is measured need room
-        return [*entries, memory(compute, len(tokens), Path(temporary))]
+        return [*entries, *speed(compute, len(tokens)), memory(compute, len(tokens), Path(temporary))]
 
 
 def race(compute: str, tokens: np.ndarray, rounds: int, folder: Path, kept: bool) -> list[dict[str, object]]:
@@ -173,9 +178,6 @@ def race(compute: str, tokens: np.ndarray, rounds: int, folder: Path, kept: bool
     Leaves transformers' checkpoint of the first weights in `folder`.
     """
     config, ids, apart = shape(compute), torch.from_numpy(tokens), APART[compute]
-    types = {"matmul": torch.float32 if compute == "fp32" else torch.bfloat16}
-    if compute != "fp32" and slow_bf16():
-        types["fp32_matmul"] = torch.float32
     mine, net = ours(config, tokens)
     write_folder(config, net, folder)
     hows = ("fp32",) if compute == "fp32" else ("autocast", "bf16")
@@ -188,12 +190,11 @@ def race(compute: str, tokens: np.ndarray, rounds: int, folder: Path, kept: bool
         "transformers": fastest("transformers", hf, loss, apart),
         "megatron": fastest("Megatron-core's local spec", local, loss, apart),
     }
-    seconds, rates = [], []
+    seconds = []
     for _ in range(rounds):
         if not kept:
             allocator.keep_freed()
             mine()  # what the rivals' allocator gave back is asked for again
-        rates.append([matmul_rate(dtype) for dtype in types.values()])
         seconds.append([timed(mine)])
         if not kept:
             as_shipped()
@@ -205,13 +206,53 @@ def race(compute: str, tokens: np.ndarray, rounds: int, folder: Path, kept: bool
         ratio = statistics.median(row[i] / row[0] for row in seconds)
         print(f"{compute}: {rival} ({way}) {speeds[i]:.0f} tokens/s, ratio {ratio:.2f}")
         entries.append(entry(f"step_{compute}_vs_{rival}", speeds[0], speeds[i], ratio, "tokens/s"))
-    flops = tokens.size * flops_per_token(config.model, SEQ_LEN).training
-    for (name, dtype), found in zip(types.items(), zip(*rates, strict=True), strict=True):
-        fraction = statistics.median(flops / row[0] / rate for row, rate in zip(seconds, found, strict=True))
-        rate = statistics.median(found)
-        print(f"{compute}: {fraction:.0%} of a {rate / 1e9:.0f} GFLOP/s matmul in {str(dtype)[6:]}", flush=True)
+    return entries
+
+
+def types(compute: str) -> dict[str, torch.dtype]:
+    """Whose matmul rates a step is held against, by name: that of its own type and that in which it is multiplied."""
+    if compute == "fp32":
+        return {"matmul": torch.float32}
+    return {"matmul": torch.bfloat16} | ({"fp32_matmul": torch.float32} if slow_bf16() else {})
+
+
+def own_speed(compute: str, tokens: np.ndarray) -> None:
+    """Print the seconds of steps with each kind of routing, and before each the matmul rates, as JSON."""
+    step, net = ours(shape(compute), tokens)
+    step(), step()
+    found: dict[str, dict[str, list[Any]]] = {}
+    for routing in ("natural", "balanced"):
+        if routing == "balanced":
+            force_balance(net)
+            step()
+        found[routing] = {"rates": [], "seconds": []}
+        for _ in range(ALONE):
+            found[routing]["rates"].append([matmul_rate(dtype) for dtype in types(compute).values()])
+            found[routing]["seconds"].append(timed(step))
+    print(json.dumps(found))
+
+
+def speed(compute: str, rows: int) -> list[dict[str, object]]:
+    """Of a process of its own."""
+    found = json.loads(process("speed", compute, rows))
+    flops = rows * SEQ_LEN * flops_per_token(shape(compute).model, SEQ_LEN).training
+    natural, balanced = found["natural"], found["balanced"]
+    own, forced = (rows * SEQ_LEN / statistics.median(one["seconds"]) for one in (natural, balanced))
+    print(f"{compute}: in a process of its own {own:.0f} tokens/s, balanced {forced:.0f}", flush=True)
+    entries = [entry(f"step_{compute}_balanced_vs_natural", forced, own, forced / own, "tokens/s")]
+    for (name, dtype), rates in zip(types(compute).items(), zip(*natural["rates"], strict=True), strict=True):
+        fraction = statistics.median(flops / s / rate for s, rate in zip(natural["seconds"], rates, strict=True))
+        rate = statistics.median(rates)
+        print(f"{compute}: {fraction:.1%} of a {rate / 1e9:.0f} GFLOP/s matmul in {str(dtype)[6:]}", flush=True)
         entries.append(entry(f"step_{compute}_{name}_fraction", fraction * rate, rate, fraction, "FLOP/s"))
     return entries
+
+
+def process(what: str, compute: str, rows: int, **environment: str) -> str:
+    """The last line that a process of its own prints about `what`."""
+    command = [sys.executable, "-W", "ignore", __file__, "--rows", str(rows), "--alone", what, "--compute", compute]
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()[-1]
 
 
 def peak_memory(who: str, compute: str, tokens: np.ndarray) -> None:
@@ -231,13 +272,7 @@ def peak_memory(who: str, compute: str, tokens: np.ndarray) -> None:
 
 
 def memory(compute: str, rows: int, folder: Path) -> dict[str, object]:
-    peaks = []
-    for who in ("ours", "theirs"):
-        command = [sys.executable, "-W", "ignore", __file__, "--rows", str(rows), "--peak", who, "--compute", compute]
-        done = subprocess.run(
-            command, env={**os.environ, "BENCH_FOLDER": str(folder)}, capture_output=True, text=True, check=True
-        )
-        peaks.append(int(done.stdout.split()[-1]))
+    peaks = [int(process(what, compute, rows, BENCH_FOLDER=str(folder))) for what in MEMORY_OF]
     ratio = peaks[0] / peaks[1]
     print(f"{compute}: peak memory {peaks[0] / 1e9:.2f} GB, transformers {peaks[1] / 1e9:.2f} GB, ratio {ratio:.2f}")
     name = "step_rss_vs_transformers" if compute == "fp32" else "step_rss_bf16_vs_transformers"
@@ -254,7 +289,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--peak", choices=("ours", "theirs"), help=argparse.SUPPRESS)  # one process's memory
+    parser.add_argument("--alone", choices=("speed", *MEMORY_OF), help=argparse.SUPPRESS)  # what `process` is for
     parser.add_argument("--keep-freed", action="store_true", help="rivals too run with an allocator that keeps memory")
     parser.add_argument("--compute", choices=("fp32", "bf16"), help="only this one")
     arguments = parser.parse_args()
@@ -265,9 +300,10 @@ def main() -> None:
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     meshes.start(rules.mesh_of(shape("fp32"), 1))
     tokens = np.random.default_rng(0).integers(0, shape("fp32").model.vocab_size, (arguments.rows, SEQ_LEN))
-    if arguments.peak:
-        peak_memory(arguments.peak, arguments.compute, tokens)
-        return
+    if arguments.alone == "speed":
+        return own_speed(arguments.compute, tokens)
+    if arguments.alone:
+        return peak_memory(MEMORY_OF[arguments.alone], arguments.compute, tokens)
     computes = [arguments.compute] if arguments.compute else ["fp32"] if emulates_bf16() else ["fp32", "bf16"]
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, "
           f"megatron-core {version('megatron-core')}, {torch.get_num_threads()} threads, "

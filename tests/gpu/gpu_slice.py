@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from forced_balance import force_balance
 
 from perilune.kernels import attention as attentions
 from perilune.parallel import mesh as meshes
@@ -157,20 +158,6 @@ def _slice_speed(shape: Shape, rows: int, warm: int, rounds: int, compute: str) 
             "peak_memory_bytes": result.memory,
         }
     return found
-
-
-def force_balance(net: models.Model) -> None:
-    """Let every router choose experts in turn, whatever its scores: token t takes K t, K t + 1, ... modulo E."""
-    for _, router in net.routers():
-        own, E, K = router.routing, router.num_experts, router.topk
-
-        def in_turn(logits: torch.Tensor, *rest: Any, own: Any = own, E: int = E, K: int = K, **more: Any) -> Any:
-            T = logits.numel() // E
-            at_TK = (K * torch.arange(T, device=logits.device)[:, None] + torch.arange(K, device=logits.device)) % E
-            turn_TE = torch.full((T, E), -20.0, device=logits.device).scatter_(1, at_TK, 20.0)
-            return own(logits + turn_TE.to(logits.dtype).view_as(logits), *rest, **more)
-
-        router.routing = in_turn
 
 
 def matmul_rate(n: int, compute: str) -> float:
