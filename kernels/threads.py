@@ -68,14 +68,18 @@ def _end_spinning() -> None:
 
     They wait for it spinning, for milliseconds, on the cores that ours need: on two cores that took 3% of a step.
     """
-    with contextlib.suppress(OSError, AttributeError):
-        _openmp().omp_pause_resource_all(_SOFT)
+    if (pause := _pause()) is not None:
+        pause(_SOFT)
 
 
 @functools.cache
-def _openmp() -> ctypes.CDLL:
-    """GNU's, if it is what torch runs on. Raises OSError."""
-    return ctypes.CDLL("libgomp.so.1", mode=os.RTLD_NOLOAD)
+def _pause() -> Callable[[int], int] | None:
+    """`omp_pause_resource_all` of GNU's OpenMP, if torch runs on that."""
+    try:
+        found: Callable[[int], int] = ctypes.CDLL("libgomp.so.1", mode=os.RTLD_NOLOAD).omp_pause_resource_all
+    except (OSError, AttributeError):
+        return None
+    return found
 
 
 def _drawn[T](left: list[T]) -> Iterator[T]:

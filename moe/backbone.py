@@ -114,7 +114,7 @@ def transformer_config(config: BackboneConfig) -> MLATransformerConfig:
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
-        bias_activation_fusion=False,
+        bias_activation_fusion=not torch.cuda.is_available(),  # by parallel/cpu.py; on GPUs torch.compile would do it
         bias_dropout_fusion=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,

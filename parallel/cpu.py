@@ -19,9 +19,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import layers, mappings, random
+from megatron.core.transformer import mlp
 
 from perilune.kernels.linear import linear
 from perilune.kernels.rope import keys_and_values, rotate_pairs, rotate_tails
+from perilune.kernels.swiglu import swiglu
 
 _FACTORIES = (
     "tensor zeros ones empty full arange eye rand randn randint zeros_like ones_like empty_like full_like rand_like "
@@ -261,6 +263,15 @@ def _linear(
     )  # fmt: skip
 
 
+def _swiglu(
+    input: torch.Tensor, bias: torch.Tensor | None, fp8_input_store: bool = False, cpu_offload_input: bool = False
+) -> torch.Tensor:
+    """SwiGLU of dense layers and shared experts by `kernels/swiglu.py`."""
+    if bias is None and not fp8_input_store and not cpu_offload_input:
+        return swiglu(input)
+    return _SWIGLU(input, bias, fp8_input_store, cpu_offload_input)  # type: ignore[no-any-return]
+
+
 def _scale(chunk_size: int, noop_flag: torch.Tensor, tensor_lists: Any, scale: Any) -> None:
     """`local_multi_tensor_scale` without a copy between."""
     del chunk_size, noop_flag
@@ -288,6 +299,7 @@ def _unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
 
 _GATHER, _REDUCE_SCATTER = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
 _LINEAR = layers.linear_with_grad_accumulation_and_async_allreduce
+_SWIGLU = mlp.bias_swiglu_impl
 _TENSOR_TYPE = torch.Tensor.type
 _TENSOR_CUDA = torch.Tensor.cuda
 
@@ -344,6 +356,12 @@ PATCHES: tuple[Patch, ...] = (
         "linear_with_grad_accumulation_and_async_allreduce",
         _linear,
         "2026-11: gradients are added to DDP's buffer in the matmul on GPUs alone; bf16 is slow on many CPUs",
+    ),
+    (
+        "megatron.core.transformer.mlp",
+        "bias_swiglu_impl",
+        _swiglu,
+        "2026-11: its SwiGLU is fused where it is compiled, which a CPU does without (parallel/late_compile.py)",
     ),
     (
         "megatron.core.optimizer.clip_grads",

@@ -7,6 +7,7 @@ read by an unpickler that knows the dozen names which describe a plain tensor; t
 from __future__ import annotations
 
 import io
+import math
 import mmap
 import pickle
 import zipfile
@@ -49,8 +50,8 @@ class _Described(NamedTuple):
     hooks: dict[str, Any]
 
 
+_REBUILD = ("torch._utils", "_rebuild_tensor_v2")
 _KNOWN: dict[tuple[str, str], Any] = {
-    ("torch._utils", "_rebuild_tensor_v2"): _Described,
     ("collections", "OrderedDict"): dict,
     **{("torch", storage): dtype for storage, dtype in _STORAGES.items()},
 }
@@ -60,9 +61,14 @@ class _Unpickler(pickle.Unpickler):
     """Knows what describes a tensor in memory of its own, and nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == _REBUILD:
+            return self._described  # a bound method, of which a pickle can set no attribute, as of a class it can
         if (module, name) not in _KNOWN:
             raise CheckpointError(f"it asks for {module}.{name}, which has no business there; do not trust its source")
         return _KNOWN[module, name]
+
+    def _described(self, *arguments: Any) -> _Described:
+        return _Described(*arguments)
 
     def persistent_load(self, pid: Any) -> _Storage:
         return _Storage(*pid)
@@ -73,19 +79,19 @@ def mapped(file: Path, start: int, length: int) -> np.ndarray:
 
     It lies in the system's cache of the file, unless it does not begin there at a multiple of its items' size: then it
     is copied. Raises CheckpointError for bytes that are no such tensor, or one that is compressed, in another machine's
-    byte order, of a type or class that checkpoints do not hold, or that reaches beyond its storage.
+    byte order, of a type or class that checkpoints do not hold, or larger than its storage.
     """
     try:
         skipped = start % mmap.ALLOCATIONGRANULARITY
         with open(file, "rb") as stream:
             window = mmap.mmap(stream.fileno(), skipped + length, offset=start - skipped, access=mmap.ACCESS_COPY)
         found = _tensor(memoryview(window)[skipped : skipped + length])  # mmap takes a length of 0 for the whole file
+        return found if found.flags.aligned else found.copy()
     except CheckpointError as error:
         raise CheckpointError(f"{file}: the tensor at byte {start} is refused: {error}") from error
     except Exception as error:  # whatever malformed bytes make zipfile and pickle raise
         text = f"{type(error).__name__}: {error}"
         raise CheckpointError(f"{file}: the tensor at byte {start} cannot be read: {text}") from error
-    return found if found.flags.aligned else found.copy()
 
 
 def _tensor(archive: memoryview) -> np.ndarray:
@@ -112,6 +118,8 @@ def _tensor(archive: memoryview) -> np.ndarray:
         )
     if 0 in shape:
         return np.empty(shape, dtype)
+    if math.prod(shape) > storage.elements:  # a copy of it may be larger than memory
+        raise CheckpointError(f"its shape is {shape}, and its storage has {storage.elements} elements")
     in_bytes = tuple(stride * dtype.itemsize for stride in strides)
     return np.ndarray(shape, dtype, raw, offset * dtype.itemsize, in_bytes)
 

@@ -1,13 +1,15 @@
 """A new file that is hashed, and on its way to the disk, while it is written: at its end little is left to wait for.
 
-What is hashed are the bytes in the system's cache of the file, behind the writer, who never waits for it.
+What is hashed are the bytes that the system gives back of the file, from its cache as a rule, behind the writer, who
+does not wait for that. Read and not mapped: a page that cannot be read would be a signal that ends the process.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
-import mmap
 import os
+import threading
 from collections.abc import Buffer
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +17,7 @@ from types import TracebackType
 
 _PIECE = 1 << 24  # bytes handed to the system at once
 _BEHIND = 1 << 22  # bytes that are written before a helper is asked to hash them
-_WINDOW = 1 << 26  # bytes mapped at once
+_READ = 1 << 20  # bytes read at once, into memory that stays in a core's cache
 _AHEAD = 1 << 26  # bytes written between two requests to sync
 
 
@@ -36,6 +38,8 @@ class SyncedFile:
         self._unsynced = 0  # bytes written since a sync was last asked for
         self._hashing: Future[None] | None = None
         self._hashed = 0
+        self._one_hashes = threading.Lock()  # at a time, in the file's order
+        self._given_up = False
 
     def __enter__(self) -> SyncedFile:
         return self
@@ -62,25 +66,27 @@ class SyncedFile:
         """Nothing is held back; torch.save asks for it."""
 
     def hexdigest(self) -> str:
-        """SHA-256 of what was written, once it is closed. Raises ValueError for a file that is not `hashed`."""
-        if self._digest is None:
-            raise ValueError("this file is not hashed")
+        """SHA-256 of what was written. Raises ValueError for a file that is not `hashed`, or not closed."""
+        if self._digest is None or self._descriptor >= 0:
+            raise ValueError("this file is not hashed" if self._digest is None else "this file is not closed")
         return self._digest.hexdigest()
 
     def close(self) -> None:
         """Wait until all is on the disk, and close."""
         try:
-            rest = self._helpers.submit(self._hash, self._hashing, self.size)
+            rest = self._helpers.submit(self._hash, self.size) if self._digest is not None else None
             if self._syncing is not None:
                 self._syncing.result()  # an error of the disk is told once: here if the helper met it
             os.fsync(self._descriptor)
-            rest.result()
+            if rest is not None:
+                rest.result()
         finally:
             self.abandon()
 
     def abandon(self) -> None:
-        """Close without waiting for the disk."""
-        self._helpers.shutdown()
+        """Close, waiting for no more than the helpers have in hand: a sync, a piece that is hashed."""
+        self._given_up = True
+        self._helpers.shutdown(cancel_futures=True)
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
@@ -96,19 +102,21 @@ class SyncedFile:
                 if self._syncing is not None:
                     self._syncing.result()
                 self._unsynced, self._syncing = 0, self._helpers.submit(os.fsync, self._descriptor)
-            if self.size - self._hashed >= _BEHIND and (self._hashing is None or self._hashing.done()):
-                self._hashing = self._helpers.submit(self._hash, self._hashing, self.size)
+            if self._digest is None or self.size - self._hashed < _BEHIND:
+                continue
+            if self._hashing is None or self._hashing.done():
+                if self._hashing is not None:
+                    self._hashing.result()
+                self._hashing = self._helpers.submit(self._hash, self.size)
 
-    def _hash(self, before: Future[None] | None, end: int) -> None:
-        """Go on to byte `end`, after what was asked for `before`."""
-        if before is not None:
-            before.result()
-        while self._digest is not None and self._hashed < end:
-            skipped = self._hashed % mmap.ALLOCATIONGRANULARITY
-            length = skipped + min(end - self._hashed, _WINDOW)
-            mapped = mmap.mmap(
-                self._descriptor, length, mmap.MAP_PRIVATE, mmap.PROT_READ, offset=self._hashed - skipped
-            )
-            with mapped, memoryview(mapped) as whole, whole[skipped:] as part:
-                self._digest.update(part)
-            self._hashed += length - skipped
+    def _hash(self, end: int) -> None:
+        """Go on to byte `end`."""
+        assert self._digest is not None
+        buffer = memoryview(bytearray(_READ))
+        with self._one_hashes:
+            while self._hashed < end and not self._given_up:
+                count = os.preadv(self._descriptor, [buffer[: end - self._hashed]], self._hashed)
+                if not count:
+                    raise OSError(errno.EIO, f"the file ends at byte {self._hashed}, and {end} were written")
+                self._digest.update(buffer[:count])
+                self._hashed += count

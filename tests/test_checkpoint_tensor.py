@@ -22,7 +22,6 @@ VIEWS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "whole": lambda t: t,
     "part of a storage": lambda t: t[1:, 2:5],
     "transposed": lambda t: t.T,
-    "expanded": lambda t: t[:1].expand(3, 6),
     "scalar": lambda t: t[1, 3],
     "empty": lambda t: t[:0],
 }
@@ -123,6 +122,8 @@ def beyond(blob: bytes) -> bytes:
     return blob[: at + 20] + sizes + blob[at + 28 :]
 
 
+# The rebuilding function with a state of slots, {"storage": 1}.
+SETS = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\nN}X\x07\x00\x00\x00storageK\x01s\x86b."
 HOSTILE: dict[str, tuple[bytes, str]] = {
     "runs code": (archive(pickled(Call(exec, "raise SystemExit"))), "asks for __builtin__.exec"),
     "another class": (archive(pickled(Call(torch.nn.Linear, 1, 1))), "asks for torch.nn.modules.linear.Linear"),
@@ -135,7 +136,9 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "too far": (archive(described(offset=1)), "reaches beyond its storage"),
     "too far apart": (archive(described(strides=(4, 1))), "reaches beyond its storage"),
     "far enough to overflow": (archive(described(size=(5,), strides=(2**60,))), "reaches beyond its storage"),
-    "many": (archive(described(size=(2**40, 2**40), strides=(0, 0))), "cannot be read: ValueError"),
+    "many": (archive(described(size=(2**40, 2**40), strides=(0, 0))), "its storage has 6 elements"),
+    "stretched": (archive(described(size=(2**45,), strides=(0,))), "its storage has 6 elements"),
+    "sets what is ours": (archive(SETS), "cannot be read: AttributeError"),
     "storage too short": (archive(described(), bytes(23)), "storage of 6 float32 in 23 bytes"),
     "offset below zero": (archive(described(offset=-1)), "its offset is -1"),
     "stride below zero": (archive(described(strides=(-3, 1), offset=3)), r"strides are \(-3, 1\)"),

@@ -20,7 +20,7 @@ from perilune.pretrain.disk import SyncedFile
 def test_the_hash_is_of_what_the_file_holds(
     sizes: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(disk, "_WINDOW", 1 << 20)  # so that one request takes several
+    monkeypatch.setattr(disk, "_READ", 10_000)  # no divisor of anything
     draw = random.Random(0)
     pieces = [bytearray(draw.randbytes(size)) for size in sizes]
     expected = b"".join(pieces)
@@ -39,13 +39,28 @@ def test_a_hash_that_cannot_be_made_is_told_when_the_file_is_closed(
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     file = SyncedFile(tmp_path / "file", hashed=True)
-    file.write(bytes(1 << 23))
-    monkeypatch.setattr(disk.mmap, "mmap", fails)
-    file.write(bytes(1 << 23))
+    file.write(bytes(1 << 20))  # too little for a helper to begin
+    monkeypatch.setattr(disk.os, "preadv", fails)
     with pytest.raises(OSError, match="Input/output error"):
         file.close()
     held = [os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")]
     assert not [path for path in held if path.startswith(str(tmp_path))]
+
+
+def test_a_file_that_was_cut_is_no_file_to_hash(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="ends at byte 10"), SyncedFile(tmp_path / "file", hashed=True) as file:
+        file.write(bytes(1 << 20))
+        os.truncate(tmp_path / "file", 10)
+
+
+def test_what_is_given_up_is_not_hashed_to_its_end(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), SyncedFile(tmp_path / "file", hashed=True) as file:
+        for _ in range(16):
+            file.write(bytes(1 << 24))
+        raise KeyboardInterrupt
+    assert file._hashed < file.size
+    with pytest.raises(ValueError, match="not closed"):
+        SyncedFile(tmp_path / "other", hashed=True).hexdigest()
 
 
 def test_a_file_that_is_not_hashed_is_written_anywhere(tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """`perilune export`: a checkpoint becomes a folder that transformers, vLLM and SGLang load.
 
 One process reads and writes one tensor at a time, experts one by one, from where the system caches the checkpoint's
-files: at its peak it holds the largest tensor of which several processes of the run saved parts; not the model, not a
-layer. Nothing here imports torch, which takes longer than many an export.
+files: at its peak it holds the largest tensor of which several processes of the run saved parts, or one that is put
+into another order; not the model, not a layer. Nothing here imports torch, which takes longer than many an export.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.tensor_parallel import layers
+from megatron.core.transformer import mlp
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.module import Float16Module
 
@@ -83,7 +84,10 @@ def build(config: Config, weights: dict[str, Any], tokens: torch.Tensor, way: Wa
     counted[:, -1] = 0  # nothing follows the last token of a document
 
     def loss_of(module: torch.nn.Module) -> torch.Tensor:
-        with patch.object(layers, "linear_with_grad_accumulation_and_async_allreduce", cpu._LINEAR):
+        with (
+            patch.object(layers, "linear_with_grad_accumulation_and_async_allreduce", cpu._LINEAR),
+            patch.object(mlp, "bias_swiglu_impl", cpu._SWIGLU),
+        ):
             losses = module(input_ids=tokens, position_ids=positions, attention_mask=hidden, labels=labels)
         return (losses.float() * counted).sum() / counted.sum()
 

@@ -35,6 +35,7 @@ AT_LEAST = {
     "step_bf16_vs_megatron": 2.0,
     "step_fp32_matmul_fraction": 0.6,
     "step_bf16_matmul_fraction": 0.6,
+    "step_bf16_fp32_matmul_fraction": 0.6,
     "checkpoint_save_vs_dd": 0.7,
     "export_vs_dd": 0.7,
     "pack_vs_tokenizers": 0.8,

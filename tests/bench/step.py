@@ -41,7 +41,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1] / "shared")]
+sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1] / "gpu")]
 
 import megatron_local
 import numpy as np

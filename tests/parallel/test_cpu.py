@@ -24,6 +24,7 @@ HERE = {
     "fused_apply_mla_rope_for_kv",
     "linear_with_grad_accumulation_and_async_allreduce",
     "multi_tensor_scale_impl",
+    "bias_swiglu_impl",
 }
 
 
@@ -108,6 +109,18 @@ def test_gradients_of_linear_layers_are_added_in_the_matmul_on_gpus_alone() -> N
         for linear in (cpu._linear, theirs):
             inputs = [one.clone().requires_grad_() for one in (x, weight, bias)][: 2 + has_bias]
             out = linear(*inputs, *([] if has_bias else [None]), False, False, False, None, None, group)
+            found.append([out, *torch.autograd.grad(out, inputs, upstream_grad)])
+        torch.testing.assert_close(*found)
+
+
+def test_swiglu_is_megatrons_unless_it_has_a_bias_which_is_left_to_it() -> None:
+    theirs = upstream("megatron.core.fusions.fused_bias_swiglu").bias_swiglu_impl
+    h, bias, upstream_grad = torch.randn(3, 2, 8), torch.randn(8), torch.randn(3, 2, 4)
+    for more in ((), (bias,)):
+        found = []
+        for function in (cpu._swiglu, theirs):
+            inputs = [one.clone().requires_grad_() for one in (h, *more)]
+            out = function(inputs[0], inputs[1] if more else None)
             found.append([out, *torch.autograd.grad(out, inputs, upstream_grad)])
         torch.testing.assert_close(*found)
 
