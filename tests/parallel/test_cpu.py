@@ -12,6 +12,7 @@ from megatron.core.transformer.moe.moe_utils import maybe_move_tensor_to_cpu
 
 from perilune.parallel import cpu
 from perilune.parallel.workers import Workers
+from perilune.pretrain.parity import fixture
 
 HERE = {
     "maybe_move_tensor_to_cpu",
@@ -111,6 +112,15 @@ def test_gradients_of_linear_layers_are_added_in_the_matmul_on_gpus_alone() -> N
             out = linear(*inputs, *([] if has_bias else [None]), False, False, False, None, None, group)
             found.append([out, *torch.autograd.grad(out, inputs, upstream_grad)])
         torch.testing.assert_close(*found)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+def test_a_model_on_a_cpu_computes_by_these_kernels(workers: Workers) -> None:
+    config = fixture.config("base")
+    (called,) = workers.run(1, gloo_ranks.kernels_called, config, fixture.batches("base", 1)[0])
+    layers = config.model.num_layers + config.model.num_nextn_predict_layers
+    assert called["rotate_tails"] == called["keys_and_values"] == called["swiglu"] == layers
+    assert called["linear"] >= 5 * layers
 
 
 def test_swiglu_is_megatrons_unless_it_has_a_bias_which_is_left_to_it() -> None:

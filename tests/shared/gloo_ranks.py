@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 from unittest import mock
 
@@ -41,6 +42,15 @@ def validate(config: Config, batches: list[tuple[PackedBatch, int]]) -> tuple[fl
     mesh = rules.mesh_of(config, dist.get_world_size())
     meshes.start(mesh, timeout_s=60)
     return step.evaluate(models.build(config, mesh), iter(batches), next_token)[:2]
+
+
+def kernels_called(config: Config, batch: PackedBatch) -> dict[str, int]:
+    """How often a forward of a model as it is built calls each kernel that stands for a part of Megatron-core's."""
+    names = ("linear", "rotate_tails", "keys_and_values", "swiglu")
+    with contextlib.ExitStack() as stack:
+        spies = {name: stack.enter_context(mock.patch.object(cpu, name, wraps=getattr(cpu, name))) for name in names}
+        validate(config, [(batch, 1)])
+    return {name: spy.call_count for name, spy in spies.items()}
 
 
 def not_gathered(config: Config, batch: PackedBatch) -> list[str]:
