@@ -1,10 +1,10 @@
-"""Rotary position embedding (arXiv 2104.09864) of pairs that are neighbours in the input, as DeepSeek's MLA has them.
+"""Rotary position embedding (arXiv 2104.09864) of pairs that are neighbours, as DeepSeek's MLA and MoonViT have them.
 
-`rotate_pairs` puts out first all even, then all odd members of the pairs, as DeepSeek's and Megatron-core's do:
-attention sees the same order in queries and keys, so nothing is moved back. `rotate_neighbours` leaves each in place.
-`rotate_tails` and `keys_and_values` are MLA's (DeepSeek-V2, arXiv 2405.04434, section 2.1.3), with as few copies as its
-projections allow.
-T tokens, N heads, R the rotated size.
+Both members of a pair stay where they are. DeepSeek's and Megatron-core's code puts all first ones before all second
+ones; no product of a query and a key sees which, so nothing is moved here: a pair is a complex number, and turning it
+one multiplication. `rotate_tails` and `keys_and_values` are MLA's (DeepSeek-V2, arXiv 2405.04434, section 2.1.3), with
+as few copies as its projections allow.
+T tokens, N heads, R = 2C the rotated size.
 """
 
 from __future__ import annotations
@@ -15,19 +15,20 @@ import torch
 from torch.autograd.function import once_differentiable
 
 
-def rotate_pairs(x_TNR: torch.Tensor, cos_T1C: torch.Tensor, sin_T1C: torch.Tensor) -> torch.Tensor:
-    """Pair i of each token turned by the angle of which `[..., i]` are the cos and the sin (C = R / 2)."""
-    out: torch.Tensor = _Rotate.apply(x_TNR, cos_T1C, sin_T1C)
-    return out
+def rotate_neighbours(x_TNR: torch.Tensor, turns_T1C: torch.Tensor) -> torch.Tensor:
+    """Pair i of each token times the complex number `turns_T1C[..., i]`, in fp32 whatever the type of x."""
+    wide = x_TNR.float()
+    pairs = _pairs(wide if _paired(wide) else wide.contiguous())
+    return torch.view_as_real(pairs * turns_T1C).flatten(-2).to(x_TNR.dtype)
 
 
-def rotate_tails(x_TNX: torch.Tensor, cos_T1C: torch.Tensor, sin_T1C: torch.Tensor) -> torch.Tensor:
-    """`rotate_pairs` of the last R = 2C of a head's X numbers, written over them: `x_TNX` is returned.
+def rotate_tails(x_TNX: torch.Tensor, turns_T1C: torch.Tensor) -> torch.Tensor:
+    """`rotate_neighbours` of the last R of a head's X numbers, written over them: `x_TNX` is returned.
 
     Its gradient is written over too. So nothing else may need the values of `x_TNX`, nor the gradient of what is
     returned: of MLA's queries the projection and attention need neither.
     """
-    out: torch.Tensor = _RotateTails.apply(x_TNX, cos_T1C, sin_T1C)
+    out: torch.Tensor = _RotateTails.apply(x_TNX, turns_T1C)
     return out
 
 
@@ -39,40 +40,20 @@ def keys_and_values(kv_TNX: torch.Tensor, key_T1R: torch.Tensor, P: int) -> tupl
     return key, value
 
 
-def rotate_neighbours(x_TNR: torch.Tensor, turns_T1C: torch.Tensor) -> torch.Tensor:
-    """Pair i of each token times the complex number `turns_T1C[..., i]` (C = R / 2), in fp32 whatever the type of x."""
-    pairs = torch.view_as_complex(x_TNR.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * turns_T1C).flatten(-2).to(x_TNR.dtype)
-
-
-class _Rotate(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _turned(x, cos, sin)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        return _turned_back(grad, *ctx.saved_tensors), None, None
-
-
 class _RotateTails(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(cos, sin)
-        tail = x[..., -2 * cos.shape[-1] :]
-        tail.copy_(_turned(tail, cos, sin))
+    def forward(ctx: Any, x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(turns)
+        _turn(x[..., -2 * turns.shape[-1] :], turns)
         return x
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        cos, sin = ctx.saved_tensors
+        (turns,) = ctx.saved_tensors
         grad = grad.contiguous()  # in memory of its own, where one number stands for many
-        tail = grad[..., -2 * cos.shape[-1] :]
-        tail.copy_(_turned_back(tail, cos, sin))
-        return grad, None, None
+        _turn(grad[..., -2 * turns.shape[-1] :], turns.conj())
+        return grad, None
 
 
 class _KeysAndValues(torch.autograd.Function):
@@ -90,25 +71,26 @@ class _KeysAndValues(torch.autograd.Function):
         return torch.cat((own, d_value), dim=-1), shared.sum(-2, keepdim=True), None
 
 
-def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    even, odd = x[..., 0::2], x[..., 1::2]
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    first, second = out.chunk(2, dim=-1)
-    torch.mul(even, cos, out=first).addcmul_(odd, sin, value=-1)
-    torch.mul(odd, cos, out=second).addcmul_(even, sin)
-    return out
+def _turn(x_TNR: torch.Tensor, turns_T1C: torch.Tensor) -> None:
+    """In place."""
+    if x_TNR.dtype is torch.float32 and _paired(x_TNR):
+        _pairs(x_TNR).mul_(turns_T1C)
+    else:
+        x_TNR.copy_(rotate_neighbours(x_TNR, turns_T1C))
 
 
-def _turned_back(grad: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    first, second = grad.chunk(2, dim=-1)
-    out = torch.empty_like(grad, memory_format=torch.contiguous_format)
-    torch.mul(first, cos, out=out[..., 0::2]).addcmul_(second, sin)
-    torch.mul(second, cos, out=out[..., 1::2]).addcmul_(first, sin, value=-1)
-    return out
+def _pairs(x_TNR: torch.Tensor) -> torch.Tensor:
+    """As complex numbers [T, N, C], in the same memory."""
+    return torch.view_as_complex(x_TNR.unflatten(-1, (-1, 2)))
 
 
-def reference(x_TNR: torch.Tensor, cos_T1C: torch.Tensor, sin_T1C: torch.Tensor) -> torch.Tensor:
-    """`rotate_pairs` as a product of complex numbers, in fp32; for tests."""
-    pairs = torch.view_as_complex(x_TNR.float().unflatten(-1, (-1, 2)).contiguous())
-    turned = pairs * torch.complex(cos_T1C.float(), sin_T1C.float())
-    return torch.cat((turned.real, turned.imag), dim=-1).to(x_TNR.dtype)
+def _paired(x: torch.Tensor) -> bool:
+    """Whether torch sees complex numbers in it as it lies."""
+    return x.stride(-1) == 1 and not any(step % 2 for step in (x.storage_offset(), *x.stride()[:-1]))
+
+
+def reference(x_TNR: torch.Tensor, turns_T1C: torch.Tensor) -> torch.Tensor:
+    """`rotate_neighbours` by sines and cosines, in fp32; for tests."""
+    even, odd = x_TNR.float()[..., 0::2], x_TNR.float()[..., 1::2]
+    cos, sin = turns_T1C.real, turns_T1C.imag
+    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2).to(x_TNR.dtype)

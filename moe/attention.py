@@ -70,11 +70,15 @@ class PositionRope(torch.nn.Module):
     def get_cached_cos_sin(
         self, packed: PackedRows, dtype: torch.dtype, packed_seq: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scaled cos and sin [T, 1, R / 2] of the angles: what Megatron-core asks for where its RoPE is fused."""
+        """Scaled cos and sin [T, 1, R / 2] of the angles: what Megatron-core asks for where its RoPE is fused.
+
+        In fp32, whatever `dtype` asks for: in bf16 they would be off by up to 1/512.
+        """
+        del dtype
         found = self(packed, packed_seq)
         angles, scale = found if isinstance(found, tuple) else (found, 1.0)
         half = angles[..., : angles.shape[-1] // 2]
-        return (half.cos() * scale).to(dtype), (half.sin() * scale).to(dtype)
+        return half.cos().float() * scale, half.sin().float() * scale
 
 
 class LatentAttention(MLASelfAttention):

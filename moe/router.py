@@ -21,7 +21,7 @@ class StepScale:
 
     alpha: float  # weight of the sequence-wise loss, V3 eq. 17
     tokens_per_row: int  # of this context-parallel rank
-    loss_tokens_per_row: float = 1.0  # main-loss tokens of the global batch over its rows
+    rows: float = 1.0  # of the global batch
 
 
 class Router(TopKRouter):
@@ -68,7 +68,7 @@ class Router(TopKRouter):
             if self.training and self.scale.alpha > 0:
                 balance = self._sequence_balance(torch.sigmoid(logits.float()))
                 self.balance_sum += balance.detach()
-                probs = MoEAuxLossAutoScaler.apply(probs, balance * self.scale.alpha * self.scale.loss_tokens_per_row)
+                probs = MoEAuxLossAutoScaler.apply(probs, balance * (self.scale.alpha / self.scale.rows))
         self._apply_expert_bias(routing_map)
         return probs, routing_map
 

@@ -22,7 +22,7 @@ from megatron.core.tensor_parallel import layers, mappings, random
 from megatron.core.transformer import mlp
 
 from perilune.kernels.linear import linear
-from perilune.kernels.rope import keys_and_values, rotate_pairs, rotate_tails
+from perilune.kernels.rope import keys_and_values, rotate_neighbours, rotate_tails
 from perilune.kernels.swiglu import swiglu
 
 _FACTORIES = (
@@ -230,7 +230,7 @@ def _rope_of_queries(
 ) -> torch.Tensor:
     """MLA's queries by `kernels/rope.py`: tokens carry their own angles, and none is cut by documents."""
     del qk_head_dim, emb_dim, cut
-    return rotate_tails(t, cos, sin)
+    return rotate_tails(t, torch.complex(cos, sin))
 
 
 def _rope_of_keys(
@@ -238,7 +238,7 @@ def _rope_of_keys(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same of its keys and values."""
     del emb_dim, cut
-    return keys_and_values(kv, rotate_pairs(k_pos_emb, cos, sin), k_dim)
+    return keys_and_values(kv, rotate_neighbours(k_pos_emb, torch.complex(cos, sin)), k_dim)
 
 
 def _linear(

@@ -5,7 +5,7 @@ T tokens of the micro-batch, D the MTP depth.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -25,14 +25,21 @@ def next_token(
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Next-token loss plus lambda/D times the sum of the deeper depths' (V3 eq. 24 and 25), as sums over tokens.
 
-    Megatron-core divides the sum of all ranks' and micro-batches' gradients by the sum of the counts: every depth is
-    divided by the global batch's main-loss tokens, whatever the layout.
+    A training step divides all of it by the global batch's main-loss tokens, every depth, whatever the layout.
     """
     sums_D = (losses_DT * batch.loss_mask).sum(-1)
     counts_D = batch.loss_mask.sum(-1)
     depth = sums_D.numel() - 1
     objective = sums_D[0] + (mtp_weight / depth) * sums_D[1:].sum() if depth else sums_D[0]
     return objective, counts_D[0].to(torch.int), {"sums": sums_D.detach(), "counts": counts_D}
+
+
+def mean_over(
+    outputs: Any, batch: PackedBatch, mtp_weight: float, *, objective: Objective, tokens: float
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """`objective` over the global batch's main-loss tokens: gradients add up to those of the mean."""
+    total, count, found = objective(outputs, batch, mtp_weight)
+    return total / tokens, count, found
 
 
 def captions_and_pairs(

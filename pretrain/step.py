@@ -28,7 +28,7 @@ from perilune.pretrain import model as models
 from perilune.pretrain.data.batch import PackedBatch
 from perilune.pretrain.data.pairs import pairs_of
 from perilune.pretrain.model import Model
-from perilune.pretrain.objective import Objective, captions_and_pairs
+from perilune.pretrain.objective import Objective, captions_and_pairs, mean_over
 from perilune.pretrain.optim.optimizer import update, update_rms
 from perilune.pretrain.timetable import StepPlan
 
@@ -195,19 +195,26 @@ def forward_backward(
     Where images are compared with texts, `objective` is the captions'.
     """
     config = model.megatron_config
-    config.finalize_model_grads_func = finalize_model_grads
+    config.finalize_model_grads_func = _finalize
     config.moe_router_bias_update_rate = bias_speed
     tokens, rows, pairs = _counts(model, batches)
     for scale in model.scales():
         scale.tokens_per_row = batches[0].seq_len // parallel_state.get_context_parallel_world_size()
-        scale.loss_tokens_per_row = tokens / rows
+        scale.rows = rows
     if model.contrastive is not None:
         objective = _beside_pairs(objective, model.contrastive.caption_weight, tokens / max(pairs, 1.0))
     for chunk in model.chunks:
         chunk.zero_grad_buffer()
-    outputs = _run_schedule(model, batches, objective, mtp_weight, forward_only=False)
+    mean = partial(mean_over, objective=objective, tokens=max(tokens, 1.0))
+    outputs = _run_schedule(model, batches, mean, mtp_weight, forward_only=False)
     found = _reduce(model, outputs)
     return found._replace(balance=found.balance / rows)
+
+
+def _finalize(chunks: list[Any], num_tokens: torch.Tensor | None = None, **kwargs: Any) -> None:
+    """Megatron-core's, but for its division by the tokens: the loss is divided, which spares a pass over gradients."""
+    del num_tokens
+    finalize_model_grads(chunks, None, **kwargs)
 
 
 def _beside_pairs(captions: Objective, caption_weight: float, tokens_per_pair: float) -> Any:

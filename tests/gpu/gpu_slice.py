@@ -336,20 +336,21 @@ def _permute(shape: Shape, dtype: torch.dtype, ours: Operation) -> Contest:
 
 
 def _rope(shape: Shape, dtype: torch.dtype, ours: Operation) -> Contest:
-    """Queries' RoPE part, turned by position; the rival is Megatron-core's own without fusion."""
+    """A query's RoPE part turned by position, members of a pair left where they are; the rival is Megatron-core's."""
     from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
 
     T, R = shape.seq_len, shape.rope
-    slow_R = 10000.0 ** -(torch.arange(0, R, 2, device=meshes.device()) / R)
-    angles_T1R = torch.outer(torch.arange(T, device=meshes.device()), slow_R).repeat(1, 2)[:, None]
+    slow_C = 10000.0 ** -(torch.arange(0, R, 2, device=meshes.device()) / R)
+    angles_T1C = torch.outer(torch.arange(T, device=meshes.device()), slow_C)[:, None]
+    twice_T11R = angles_T1C.repeat_interleave(2, dim=-1)[:, None]
 
     def megatron(x: torch.Tensor) -> torch.Tensor:
-        turned: torch.Tensor = _apply_rotary_pos_emb_bshd(x[:, None], angles_T1R[:, None], mla_rotary_interleaved=True)
+        turned: torch.Tensor = _apply_rotary_pos_emb_bshd(x[:, None], twice_T11R, rotary_interleaved=True)
         return turned[:, 0]
 
     rivals = {"Megatron-core's": megatron, "Megatron-core's, compiled": torch.compile(megatron)}
-    turns = angles_T1R[..., : R // 2].cos().to(dtype), angles_T1R[..., : R // 2].sin().to(dtype)
-    return lambda x: ours(x, *turns), rivals, [_normal((T, shape.heads, R), dtype)], 0.0
+    turns = torch.polar(torch.ones_like(angles_T1C), angles_T1C)
+    return lambda x: ours(x, turns), rivals, [_normal((T, shape.heads, R), dtype)], 0.0
 
 
 def _router(shape: Shape, dtype: torch.dtype, ours: Operation) -> Contest:
@@ -382,7 +383,7 @@ CONTESTS: dict[str, tuple[str, str, Callable[[Shape, torch.dtype, Operation], Co
     "rms_norm": ("kernels.norm", "rms_norm", _norm),
     "cross_entropy": ("kernels.cross_entropy", "linear_cross_entropy", _cross_entropy),
     "permute": ("kernels.permute", "permute", _permute),
-    "rope": ("kernels.rope", "rotate_pairs", _rope),
+    "rope": ("kernels.rope", "rotate_neighbours", _rope),
     "router": ("moe.router", "topk_routing_with_score_function", _router),
 }
 

@@ -28,7 +28,7 @@ from perilune.pretrain import step
 from perilune.pretrain.data.batch import PackedBatch
 from perilune.pretrain.objective import next_token
 from perilune.pretrain.optim.exchange import Exchange
-from perilune.pretrain.parity import probe
+from perilune.pretrain.parity import fixture, probe
 from perilune.vision import moonvit, vlm
 
 Patch = pytest.MonkeyPatch
@@ -66,11 +66,12 @@ def mtp_by_micro_batch(patch: Patch) -> None:
 def mean_of_means(patch: Patch) -> None:
     """Each micro-batch's mean, averaged: tokens of short ones weigh more."""
 
-    def wrong(losses: torch.Tensor, batch: PackedBatch, mtp_weight: float) -> Any:
-        total, count, metrics = next_token(losses, batch, mtp_weight)
-        return total / count.clamp(min=1), torch.ones_like(count), metrics
+    def wrong(losses: torch.Tensor, batch: PackedBatch, mtp_weight: float, *, objective: Any, tokens: float) -> Any:
+        del tokens
+        total, count, metrics = objective(losses, batch, mtp_weight)
+        return total / count.clamp(min=1) / (fixture.ROWS // batch.rows), count, metrics
 
-    patch.setattr(probe, "next_token", wrong)
+    patch.setattr(step, "mean_over", wrong)
 
 
 def bias_of_own_load(patch: Patch) -> None:
