@@ -93,7 +93,10 @@ def test_fused_rope_is_megatrons_unfused_since_its_fused_needs_a_gpu() -> None:
         fused.fused_apply_mla_rope_for_q(q, cos, sin, P, R)
     queries = cpu._rope_of_queries(q.clone(), cos, sin, P, R, None, 0, 1)
     keys, values = cpu._rope_of_keys(kv, key, cos, sin, R, P, 3, None, 0, 1)
-    theirs = torch.cat((q[..., :P], turned(q[..., P:])), -1), torch.cat((kv[..., :P], turned(key).expand(-1, 2, -1)), -1)
+    theirs = (
+        torch.cat((q[..., :P], turned(q[..., P:])), -1),
+        torch.cat((kv[..., :P], turned(key).expand(-1, 2, -1)), -1),
+    )
     scores, expected = (torch.einsum("qnd,knd->nqk", *pair) for pair in ((queries, keys), theirs))
     torch.testing.assert_close(scores, expected)  # the order of what is turned is another, in queries and keys alike
     torch.testing.assert_close((queries[..., :P], keys[..., :P], values), (q[..., :P], kv[..., :P], kv[..., P:]))
