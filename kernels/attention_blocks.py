@@ -4,7 +4,7 @@ A block of queries meets all its keys at once, so that no online softmax is need
 Scores and softmax are fp32, whatever the inputs; the other matmuls run in the inputs' type, or fp32 where this CPU is
 faster with that, and sums over blocks are fp32. One buffer of scores, of the size of a cache, serves all blocks: fresh
 memory would cost a page fault for every 4 KB. Backward computes the scores again, so no T x T matrix is held, but for
-a few calls' softmax, in the inputs' type, as far as KEPT goes.
+a few calls' softmax, in the inputs' type, as far as KEPT goes: gradients in 16 bits then differ by its rounding.
 
 Threads take heads. The views of their blocks are made before they start: one that a thread makes itself waits for
 Python's lock while another thread makes its own.
@@ -18,7 +18,6 @@ import math
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -43,8 +42,11 @@ def blocked_attention(
 ) -> torch.Tensor:
     """Range i of `queries` sees range i of `keys`, its last query all of them, the one before one less. [Q, N, E].
 
-    Ranges are [start, end); those of queries follow one another and cover all Q.
+    Ranges are [start, end); those of queries follow one another and cover all Q. Raises ValueError if they end elsewhere.
     """
+    end = queries[-1][1] if queries else 0
+    if end != q_QND.shape[0]:
+        raise ValueError(f"documents end at token {end}, but there are {q_QND.shape[0]}")
     out: torch.Tensor = _Blocked.apply(q_QND, k_KND, v_KNE, tuple(queries), tuple(keys), scale, torch.is_grad_enabled())
     return out
 
@@ -84,14 +86,18 @@ class _Blocked(torch.autograd.Function):
                     _product(out_block, low.cast(p), v_seen, 1.0)
 
         threads.share(work, range(len(parts)), len(parts))
+        if held:
+            held.softmax = kept
         ctx.parts, ctx.scale, ctx.held = parts, scale, held
-        ctx.save_for_backward(q_QND, k_KND, v_KNE, *(p for part in kept for p in part))
+        ctx.save_for_backward(q_QND, k_KND, v_KNE)
         return out_QNE
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_QNE: torch.Tensor) -> Any:
-        q_QND, k_KND, v_KNE, *kept = ctx.saved_tensors
+        q_QND, k_KND, v_KNE = ctx.saved_tensors
+        held: _Held | None = ctx.held
+        ctx.held = None  # a second backward computes it again
         q, k, v, grad = (_by_head(x) for x in (q_QND, k_KND, v_KNE, grad_QNE))
         wide_q, wide_k = _wide(q), _wide(k)
         wide = wide_q.dtype
@@ -99,19 +105,18 @@ class _Blocked(torch.autograd.Function):
         dq = dq_QND.transpose(0, 1)
         dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (k, v))
         parts: list[_Part] = ctx.parts
-        softmax = iter(kept) if kept else repeat(None)
         blocks = [
             [
                 _Block(*each)
-                for each in zip(  # the softmax of all parts, where it was kept, in the order of their blocks
+                for each in zip(
                     *(part.queries(x) for x in (wide_q, q, grad, dq)),
                     *(part.columns(x) for x in (wide_k, v)),
                     *(part.keys(x) for x in (k, dk, dv)),
-                    softmax,
-                    strict=False,
+                    kept or [None] * len(part.blocks),
+                    strict=True,
                 )
             ]
-            for part in parts
+            for part, kept in zip(parts, held.softmax if held else [[]] * len(parts), strict=True)
         ]
 
         def work(mine: Iterator[int]) -> None:
@@ -133,8 +138,8 @@ class _Blocked(torch.autograd.Function):
                     _add_product(b.dv, p, b.grad, 1.0)
 
         threads.share(work, range(len(parts)), min(len(parts), threads.available()))
-        if ctx.held:
-            ctx.held.give_back()
+        if held:
+            held.give_back()
         return dq_QND, dk.transpose(0, 1).to(k_KND.dtype), dv.transpose(0, 1).to(v_KNE.dtype), None, None, None, None
 
 
@@ -194,13 +199,17 @@ def _size(part: slice) -> int:
 
 
 class _Held:
-    """What one call holds of KEPT, until its backward is done or its graph is gone."""
+    """What one call holds of KEPT, until its backward is done or its graph is gone.
+
+    Not among autograd's saved tensors, whose number must not depend on what other calls hold.
+    """
 
     _all = 0
     _lock = threading.RLock()  # a graph may be collected while another call counts
 
     def __init__(self, size: int) -> None:
         self._size = size
+        self.softmax: list[list[torch.Tensor]] = []  # of each part's blocks
 
     @classmethod
     def of(cls, size: int) -> _Held | None:
@@ -216,6 +225,7 @@ class _Held:
         with self._lock:
             _Held._all -= self._size
             self._size = 0
+        self.softmax = []
 
     __del__ = give_back
 

@@ -22,7 +22,7 @@ from perilune.kernels import matmul
 from perilune.kernels.weight_gradient import WeightGradient
 
 CHUNK = 1 << 21  # logits at once (8 MB in fp32)
-KEPT = 1 << 26  # fp32 numbers that may be held from forward to backward (256 MB)
+KEPT = 1 << 26  # fp32 numbers that a call may hold from forward to backward (256 MB)
 TOGETHER = 64  # tokens of a chunk whose logits stay in a CPU's cache from one operation on them to the next
 CHUNK_GPU = 1 << 27  # the same on a GPU (512 MB): every chunk reads all of the weight, from memory that is no cache
 
@@ -37,8 +37,8 @@ def linear_cross_entropy(
     """-log softmax(hidden weight^T)[label] of every token, [T] in fp32.
 
     With `group`, rank r holds words [r V, (r+1) V) of the vocabulary; the gradient of `hidden_TH` is then this rank's
-    part, to be summed over the group. Labels are of the whole vocabulary. Without `keep` nothing of [T, V] is held in
-    fp32 or fp64 however small it is, and backward may be called twice. `kernels/weight_gradient.py` says where the
+    part, to be summed over the group. Labels are of the whole vocabulary. Without `keep` nothing of [T, V] is held
+    however small it is, and backward may be called twice. `kernels/weight_gradient.py` says where the
     weight's gradient goes.
     """
     backward = torch.is_grad_enabled()
@@ -63,7 +63,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         mine_T = (at_T >= 0) & (at_T < V)
         at_T = at_T.clamp(0, V - 1)
         narrow = hidden_TH.dtype in (torch.bfloat16, torch.float16)
-        kept_TV = hidden_TH.new_empty(T, V) if backward and (narrow or (keep and T * V <= KEPT)) else None
+        kept_TV = hidden_TH.new_empty(T, V) if backward and keep and (narrow or T * V <= KEPT) else None
         buffer = _buffer(hidden_TH, V)
         most_T, sum_T, label_T = (buffer.new_empty(T) for _ in range(3))
         whole = kept_TV is not None and kept_TV.dtype == buffer.dtype
@@ -82,6 +82,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if group is not None and group.size() > 1:
             log_sum_T = _over_group(log_sum_T, label_T, group)
         ctx.save_for_backward(hidden_TH, weight_VH, at_T, mine_T, most_T, log_sum_T, kept_TV)
+        ctx.weight = weight_VH
         return log_sum_T - label_T
 
     @staticmethod
@@ -90,7 +91,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden_TH, weight_VH, at_T, mine_T, most_T, log_sum_T, kept_TV = ctx.saved_tensors
         V, wide_VH = weight_VH.shape[0], matmul.wide(weight_VH)
         dhidden_TH = torch.empty_like(hidden_TH)
-        dweight = WeightGradient(weight_VH, ctx.needs_input_grad[1])
+        dweight = WeightGradient(ctx.weight, ctx.needs_input_grad[1])
         part = dweight.buffer(weight_VH.shape)
         buffer = _buffer(hidden_TH, V)
         exps = kept_TV is not None and kept_TV.dtype == buffer.dtype

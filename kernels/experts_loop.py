@@ -106,6 +106,7 @@ class _Routed(torch.autograd.Function):
 
         rounded.share(work)
         ctx.save_for_backward(x_TH, w1, w2, h_all)
+        ctx.weights = w1, w2
         ctx.rounded, ctx.order, ctx.probs_dtype = rounded, order, probs_R.dtype
         return sum_copies(out_all, rounded.rows_R[order.copies_TK]).to(x_TH.dtype)
 
@@ -116,8 +117,11 @@ class _Routed(torch.autograd.Function):
         rounded: _Rounded = ctx.rounded
         wide_TH, grad_TH = matmul.wide(x_TH), matmul.wide(grad_TH).contiguous()
         total, (H, F), most = rounded.tokens.numel(), w2.shape[1:], max(rounded.sizes, default=0)
-        dw1, dw2 = (WeightGradient(w, needed) for w, needed in zip((w1, w2), ctx.needs_input_grad[1:3], strict=True))
-        dx_all, dprobs = wide_TH.new_empty(total, H), torch.empty(total, dtype=torch.float32, device=x_TH.device)
+        dw1, dw2 = (WeightGradient(w, needed) for w, needed in zip(ctx.weights, ctx.needs_input_grad[1:3], strict=True))
+        dx_all, dprobs = (
+            wide_TH.new_empty(total, H),
+            wide_TH.new_empty(total, dtype=torch.promote_types(wide_TH.dtype, torch.float32)),
+        )
 
         views = rounded.split(rounded.tokens, rounded.probs, h_all, dprobs, dx_all)
         weights = list(zip(w1, w2, strict=True))
@@ -139,7 +143,7 @@ class _Routed(torch.autograd.Function):
                 torch.mm(g, cast(w2_e, weight), out=d_act)
                 torch.ops.aten.silu.out(gate, out=silu)
                 torch.mul(silu, up, out=product)
-                torch.sum(torch.mul(d_act, product, out=other), -1, dtype=torch.float32, out=dprob)
+                torch.sum(torch.mul(d_act, product, out=other), -1, dtype=dprob.dtype, out=dprob)
                 dw2.add(g.T, product.mul_(prob), part2, e)
                 d_act.mul_(prob)
                 torch.mul(d_act, silu, out=dh[:, F:])

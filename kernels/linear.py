@@ -32,6 +32,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight_NK: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(x, weight_NK)
+        ctx.weight = weight_NK
         x_TK = x.reshape(-1, x.shape[-1])
         out = x.new_empty(*x.shape[:-1], weight_NK.shape[0])
         product = _Product(matmul.wide(weight_NK).T, out.view(-1, weight_NK.shape[0]))
@@ -45,7 +46,7 @@ class _Linear(torch.autograd.Function):
         x, weight_NK = ctx.saved_tensors
         grad_TN, x_TK = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
         dx = torch.empty_like(x, memory_format=torch.contiguous_format) if ctx.needs_input_grad[0] else None
-        dw = WeightGradient(weight_NK, ctx.needs_input_grad[1])
+        dw = WeightGradient(ctx.weight, ctx.needs_input_grad[1])
         into = None if dx is None else _Product(matmul.wide(weight_NK), dx.view(x_TK.shape))
         part = dw.buffer(weight_NK.shape) if ctx.needs_input_grad[1] else None
         for at, (grad_CN, x_CK) in _chunks(grad_TN, x_TK):

@@ -8,8 +8,8 @@ way: only their order differs, and what is not rounded to bf16 before the next o
 from __future__ import annotations
 
 import functools
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -48,7 +48,6 @@ def slow_bf16() -> bool:
                 a @ a
                 best[dtype] = min(best[dtype], time.perf_counter() - began)
 
-    thread = threading.Thread(target=race)
-    thread.start()
-    thread.join()
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(race).result()
     return best[torch.bfloat16] > best[torch.float32]

@@ -24,7 +24,7 @@ class Order:
 
     @classmethod
     def of(cls, chosen_TE: torch.Tensor, K: int) -> Order:
-        """From which experts each token chose (bool, K in every line). Raises ValueError for another number."""
+        """From which experts each token chose (bool, K in every line). Raises ValueError for another number of all."""
         experts_R, tokens_R = chosen_TE.T.nonzero(as_tuple=True)
         if tokens_R.numel() != chosen_TE.shape[0] * K:
             raise ValueError(f"{tokens_R.numel()} choices of {chosen_TE.shape[0]} tokens that choose {K} experts each")

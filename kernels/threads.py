@@ -42,23 +42,27 @@ def share[T](work: Callable[[Iterator[T]], None], items: Sequence[T], threads: i
     if threads == 1:
         return work(iter(items))
     left = list(reversed(items))
-    before = torch.get_num_threads()
+    before, inference = torch.get_num_threads(), torch.is_inference_mode_enabled()
     if threads > before // 2:
         _end_spinning()
 
     def draw(number: int) -> None:
         # Each thread has a number of its own.
         torch.set_num_threads(max(1, before // threads + (number < before % threads)))
-        with torch.no_grad():
+        with torch.inference_mode(inference), torch.no_grad():
             work(_drawn(left))
 
     others: list[Future[None]] = []
     try:
-        others += [_pool().submit(draw, number) for number in range(1, threads)]
+        with contextlib.suppress(RuntimeError):  # Python is ending and starts no more: this thread draws what is left
+            for number in range(1, threads):
+                others.append(_pool().submit(draw, number))  # noqa: PERF401  (those begun are waited for)
         draw(0)
     finally:
-        wait(others)
-        torch.set_num_threads(before)
+        try:
+            wait(others)
+        finally:
+            torch.set_num_threads(before)
     for other in others:
         other.result()
 

@@ -10,11 +10,11 @@ from perilune.kernels import matmul
 
 
 class WeightGradient:
-    """Of a weight, or of many in one tensor.
+    """Of a weight, or of many in one tensor: as forward was given it, for what autograd saved may be a copy of it.
 
     Where the weight has Megatron-core's `main_grad` (its DDP's buffer) products are added there;
-    `grad_added_to_main_grad` says so, and backward returns memory without content in the gradient's place, as
-    Megatron-core's own layers do where accumulation is fused.
+    `grad_added_to_main_grad` says so, and backward returns memory without content in the gradient's place (zeros
+    where Megatron-core marks a weight for that), as its own layers do where accumulation is fused.
     """
 
     def __init__(self, weight: torch.Tensor, needed: bool) -> None:
@@ -47,4 +47,5 @@ class WeightGradient:
         if self._total is None or not self._collected:
             return None if self._total is None else self._total.to(self._weight.dtype)
         self._weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
-        return torch.empty_like(self._weight)
+        made = torch.zeros_like if getattr(self._weight, "zero_out_wgrad", False) else torch.empty_like
+        return made(self._weight)

@@ -3,7 +3,7 @@
 Checked against megatron-core 0.19.2. Nothing of torch is changed for anybody else: each module of Megatron-core gets
 its own view of `torch`, in which `device="cuda"` means the CPU and `torch.cuda` is a stand-in whose streams and events
 do nothing (a CPU runs in order). What cannot be reached that way is in `PATCHES`, each with its cause and the test
-that fails once upstream no longer needs it.
+that fails once upstream no longer needs it; and two methods of `torch.Tensor`, which answer all others as before.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import sys
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _MAPPED = 1 << 30  # bytes of what is still mapped: what is not asked for again in each step
-_KEPT = (1 << 31) - 1  # free bytes at the top of the heap that are not given back: the most that can be said
+_KEPT = -1  # free bytes at the top of the heap that are not given back: all
 
 
 def keep_freed() -> bool:
@@ -28,7 +28,7 @@ def keep_freed() -> bool:
 
 
 def set_thresholds(mapped: int, kept: int) -> bool:
-    """Map what is of `mapped` bytes or more; give back what lies free at the top of the heap beyond `kept` bytes."""
+    """Map what is of `mapped` bytes or more; give back what lies free at the top of the heap beyond `kept` bytes (-1: never)."""
     if not sys.platform.startswith("linux"):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

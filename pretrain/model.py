@@ -149,10 +149,13 @@ def _std(config: Config, name: str) -> float:
 
 
 def _freeze(part: torch.nn.Module, frozen: tuple[str, ...]) -> None:
-    """Let the parameters of the parts named want no gradient (`train.freeze`)."""
+    """Let the parameters of the parts named want no gradient, and their routers' biases stay (`train.freeze`)."""
     for name, parameter in part.named_parameters():
         if part_of(name) in frozen:
             parameter.requires_grad = False
+    for name, module in part.named_modules():
+        if isinstance(module, Router) and part_of(name) in frozen:
+            module.frozen_expert_bias = True  # Megatron-core's, by which it leaves a bias alone
 
 
 def _bare(chunk: DistributedDataParallel) -> backbone.Backbone:

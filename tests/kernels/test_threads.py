@@ -4,6 +4,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -55,6 +56,22 @@ def test_an_error_comes_out_when_all_have_ended(who: str) -> None:
         threads.share(work, [1, 2, 3], 2)
     assert ended == [1, 2, 3]
     assert torch.get_num_threads() == 2
+
+
+def test_inference_mode_is_that_of_the_caller() -> None:
+    q, k, v = (torch.randn(300, 2, 8) for _ in range(3))
+    expected = blocked_attention(q, k, v, [(0, 300)], [(0, 300)], 0.2)
+    with torch.inference_mode():
+        assert torch.equal(blocked_attention(q, k, v, [(0, 300)], [(0, 300)], 0.2), expected)
+
+
+def test_where_no_thread_can_be_started_the_caller_does_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = ThreadPoolExecutor(1)
+    pool.shutdown()
+    monkeypatch.setattr(threads, "_pool", lambda: pool)
+    done: list[int] = []
+    threads.share(done.extend, [1, 2, 3], 2)
+    assert done == [1, 2, 3] and torch.get_num_threads() == 2
 
 
 def test_one_large_item_is_left_to_shared_matmuls() -> None:

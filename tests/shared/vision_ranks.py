@@ -87,7 +87,7 @@ def make() -> Made:
 
 
 def frozen(parts: tuple[str, ...], parallel: Parallel, recompute: str = "none") -> dict[str, float]:
-    """How far a step moves each of this rank's weights, with these parts frozen."""
+    """How far a step moves each of this rank's weights and router biases, with these parts frozen."""
     base = fixture.config("vlm")
     train = replace(base.train, freeze=parts)
     config = replace(base, parallel=parallel, recompute=Recompute(recompute), train=train)  # type: ignore[arg-type]
@@ -95,13 +95,18 @@ def frozen(parts: tuple[str, ...], parallel: Parallel, recompute: str = "none") 
     meshes.start(mesh, timeout_s=60)
     net = models.build(config, mesh)
     adam = optimizer.build(config, net)
-    before = {n: p.detach().clone() for chunk in net.bare() for n, p in chunk.named_parameters()}
+
+    def moving() -> dict[str, torch.Tensor]:
+        named = [pair for chunk in net.bare() for pair in (*chunk.named_parameters(), *chunk.named_buffers())]
+        return {n: p.detach() for n, p in named if isinstance(p, torch.nn.Parameter) or n.endswith("expert_bias")}
+
+    before = {name: tensor.clone() for name, tensor in moving().items()}
     batch = fixture.batches("vlm", 1)[torch.distributed.get_rank() % mesh.dp :: mesh.dp]
-    plan = StepPlan(rows=fixture.ROWS, lr=1e-2, mtp_weight=0.0, bias_speed=0.0)
+    plan = StepPlan(rows=fixture.ROWS, lr=1e-2, mtp_weight=0.0, bias_speed=1e-3)
     result = train_step(net, adam, batch, next_token, plan, clip=0.0)
     assert not result.skipped
     net.settle()
-    after = {n: p.detach() for chunk in net.bare() for n, p in chunk.named_parameters()}
+    after = moving()
     return {name: float((after[name] - before[name]).abs().max()) for name in before}
 
 
