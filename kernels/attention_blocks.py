@@ -18,6 +18,7 @@ import math
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -42,7 +43,7 @@ def blocked_attention(
 ) -> torch.Tensor:
     """Range i of `queries` sees range i of `keys`, its last query all of them, the one before one less. [Q, N, E].
 
-    Ranges are [start, end); those of queries follow one another and cover all Q. Raises ValueError if they end elsewhere.
+    Ranges are [start, end); those of queries follow one another and cover all Q, or ValueError is raised.
     """
     end = queries[-1][1] if queries else 0
     if end != q_QND.shape[0]:
@@ -105,6 +106,7 @@ class _Blocked(torch.autograd.Function):
         dq = dq_QND.transpose(0, 1)
         dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (k, v))
         parts: list[_Part] = ctx.parts
+        softmax = held.softmax if held else [repeat(None, len(part.blocks)) for part in parts]
         blocks = [
             [
                 _Block(*each)
@@ -112,11 +114,11 @@ class _Blocked(torch.autograd.Function):
                     *(part.queries(x) for x in (wide_q, q, grad, dq)),
                     *(part.columns(x) for x in (wide_k, v)),
                     *(part.keys(x) for x in (k, dk, dv)),
-                    kept or [None] * len(part.blocks),
+                    kept,
                     strict=True,
                 )
             ]
-            for part, kept in zip(parts, held.softmax if held else [[]] * len(parts), strict=True)
+            for part, kept in zip(parts, softmax, strict=True)
         ]
 
         def work(mine: Iterator[int]) -> None:

@@ -56,7 +56,7 @@ def share[T](work: Callable[[Iterator[T]], None], items: Sequence[T], threads: i
     try:
         with contextlib.suppress(RuntimeError):  # Python is ending and starts no more: this thread draws what is left
             for number in range(1, threads):
-                others.append(_pool().submit(draw, number))  # noqa: PERF401  (those begun are waited for)
+                others.append(_pool().submit(draw, number))
         draw(0)
     finally:
         try:
