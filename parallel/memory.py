@@ -28,7 +28,7 @@ def keep_freed() -> bool:
 
 
 def set_thresholds(mapped: int, kept: int) -> bool:
-    """Map what is of `mapped` bytes or more; give back what is free at the top of the heap beyond `kept` (-1: never)."""
+    """Map what is of `mapped` bytes or more; give back what is free at the heap's top beyond `kept` (-1: never)."""
     if not sys.platform.startswith("linux"):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
