@@ -170,7 +170,7 @@ def train(
     init_from: Path | None,
     after: tuple[Path, ...],
 ) -> None:
-    """Train PRESET, with any of its keys changed by KEY=VALUE.
+    """Train PRESET, with any of its keys (docs/keys.md has all of them) changed by KEY=VALUE.
 
     The same command on the same --run directory goes on where it stopped, bitwise. Only the keys of length, layout and
     logging may differ then: train.steps, parallel.* and their like.
