@@ -170,7 +170,7 @@ def train(
     init_from: Path | None,
     after: tuple[Path, ...],
 ) -> None:
-    """Train PRESET, with any of its keys changed by KEY=VALUE.
+    """Train PRESET, with any of its keys (docs/keys.md has all of them) changed by KEY=VALUE.
 
     The same command on the same --run directory goes on where it stopped, bitwise. Only the keys of length, layout and
     logging may differ then: train.steps, parallel.* and their like.
@@ -182,10 +182,10 @@ def train(
       perilune train tiny data.path=packed/train train.steps=20
       perilune train demo data.path=packed/train --run runs/first --nproc 2
       perilune train demo data.path=packed/train --run runs/first --nproc 2 train.steps=400
-      perilune train proxy_100m --config mine.yaml optim.lr=1e-3 'schedule.milestones=[0.8, 0.9]'
+      perilune train proxy_100m --config mine.yaml data.path=packed/train optim.lr=1e-3 'schedule.milestones=[0.8, 0.9]'
       perilune train demo_vlm stage=align --after runs/demo_vlm/vit --after runs/demo_vlm/text data.path=packed/train
       perilune train deepseek_v3 --nproc 2048 --dry-run --plot schedules.png
-      perilune train deepseek_v3 recompute.granularity=none 'recompute.modules=[]' --nproc 2048 --dry-run
+      perilune train deepseek_v3 parallel.pp=8 parallel.ep=32 parallel.layout=null --nproc 1024 --dry-run
       torchrun --nproc-per-node 8 --no-python -- perilune train proxy_100m data.path=packed/train --run runs/a
     """
     from perilune.pretrain.start import Start

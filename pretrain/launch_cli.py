@@ -68,9 +68,12 @@ def launch() -> None:
     \b
     Examples:
       perilune launch local --nproc 2 -- train demo data.path=packed/train --run runs/a
-      perilune launch slurm --nodes 4 --gpus-per-node 8 --time 12:00:00 -- train proxy_100m --run /shared/runs/a
-      perilune launch ray --address http://127.0.0.1:8265 --nodes 2 -- train proxy_100m --run /shared/runs/a
-      perilune launch slurm --nodes 4 --gpus-per-node 8 --dry-run -- train proxy_100m --run /shared/runs/a
+      perilune launch slurm --nodes 4 --gpus-per-node 8 --time 12:00:00 -- \\
+          train proxy_100m data.path=/nfs/train --run /nfs/a
+      perilune launch ray --address http://127.0.0.1:8265 --nodes 2 -- \\
+          train proxy_100m data.path=/nfs/train --run /nfs/a
+      perilune launch slurm --nodes 4 --gpus-per-node 8 --dry-run -- \\
+          train proxy_100m data.path=/nfs/train --run /nfs/a
     """
 
 
@@ -124,9 +127,12 @@ def launch_slurm(ctx: click.Context, **options: Any) -> None:
 
     \b
     Examples:
-      perilune launch slurm --nodes 4 --gpus-per-node 8 --time 12:00:00 -- train proxy_100m --run /shared/runs/a
-      perilune launch slurm --nodes 2-4 --gpus-per-node 8 --site site.yaml -- train proxy_100m --run /shared/runs/a
-      perilune launch slurm --sweep optim.lr=1e-3,2e-3 --gpus-per-node 8 -- train proxy_100m --run /shared/runs/lr
+      perilune launch slurm --nodes 4 --gpus-per-node 8 --time 12:00:00 -- \\
+          train proxy_100m data.path=/nfs/train --run /nfs/a
+      perilune launch slurm --nodes 2-4 --gpus-per-node 8 --site site.yaml -- \\
+          train proxy_100m data.path=/nfs/train --run /nfs/a
+      perilune launch slurm --sweep optim.lr=1e-3,2e-3 --gpus-per-node 8 -- \\
+          train proxy_100m data.path=/nfs/train --run /nfs/lr
       perilune launch slurm --nodes 4 --gpus-per-node 8 -- doctor --cluster
     """
     from perilune.pretrain.launch_command import launch_slurm as run
@@ -153,7 +159,8 @@ def launch_ray(ctx: click.Context, **options: Any) -> None:
     \b
     Examples:
       perilune launch ray --procs-per-node 2 -- train demo data.path=packed/train --run runs/a
-      perilune launch ray --address http://head:8265 --nodes 2 --gpus-per-node 8 -- train proxy_100m --run /nfs/a
+      perilune launch ray --address http://head:8265 --nodes 2 --gpus-per-node 8 -- \\
+          train proxy_100m data.path=/nfs/train --run /nfs/a
     """
     from perilune.pretrain.launch_command import launch_ray as run
 
