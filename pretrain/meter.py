@@ -8,6 +8,7 @@ from functools import cache
 
 import torch
 
+from perilune.kernels import matmul
 from perilune.parallel import precision
 from perilune.pretrain.data.batch import PackedBatch
 from perilune.pretrain.data.pairs import pairs_of
@@ -31,15 +32,15 @@ def peak(dtype: torch.dtype) -> tuple[str, float | None]:
             tflops = hardware.BF16_TFLOPS[name]
             return f"{name} dense bf16, {tflops} TFLOP/s", tflops * 1e12
         return f"unknown for {device} in {dtype}", None
-    n = 1024
-    a, b = torch.randn(n, n, dtype=dtype), torch.randn(n, n, dtype=dtype)
+    n, worked = 1024, matmul.working(torch.empty(0, dtype=dtype))  # the type in which this CPU multiplies it
+    a, b = torch.randn(n, n, dtype=worked), torch.randn(n, n, dtype=worked)
     best = float("inf")
     for _ in range(6):
         began = time.perf_counter()
         a @ b
         best = min(best, time.perf_counter() - began)
     rate = 2 * n**3 / best
-    return f"measured {n}x{n} matmul, {rate / 1e9:.0f} GFLOP/s a process", rate
+    return f"measured {n}x{n} matmul in {str(worked)[6:]}, {rate / 1e9:.0f} GFLOP/s a process", rate
 
 
 class Meter:
