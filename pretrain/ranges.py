@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from perilune.pretrain.schema import Config
 
@@ -41,7 +41,7 @@ _RANGES = {
         **dict.fromkeys("num_nextn_predict_layers n_routed_experts n_shared_experts".split(), _MAYBE),
         "q_lora_rank": _COUNT,
         "routed_scaling_factor": _Range(1e-3, 1e3),
-        "seq_aux_loss_alpha": _SIZE,
+        "seq_aux_loss_alpha": _MAYBE,
         "rms_norm_eps": _SMALL,
         "latent_norm_eps": _SMALL,
         "rope_theta": _Range(1, 1e12),
@@ -83,21 +83,20 @@ _RANGES = {
     "schedule": {
         "warmup_tokens": _MAYBE,
         **dict.fromkeys("min_lr_ratio decay_ratio bias_freeze_ratio mtp_switch_ratio milestones".split(), _PART),
-        **dict.fromkeys("factors bias_update_speed mtp_weight mtp_weight_late".split(), _SIZE),
+        **dict.fromkeys("bias_update_speed mtp_weight mtp_weight_late".split(), _MAYBE),
+        "factors": _SIZE,
     },
 }  # fmt: skip
 
 
 def problems(config: Config, section: str) -> list[str]:
     """A sentence for each number in this section of `config` that lies outside its range."""
-    found, node = [], getattr(config, section)
-    usual = {field.name: field.default for field in fields(node)}
+    found, node, usual = [], getattr(config, section), getattr(Config(), section)
     for name, allowed in _RANGES[section].items():
-        value = getattr(node, name)
+        value, default = (getattr(of, name) for of in (node, usual))
         numbers = value if isinstance(value, tuple) else () if value is None else (value,)
         if not all(allowed.holds(number) for number in numbers):
-            shown = list(value) if isinstance(value, tuple) else value
-            default = list(usual[name]) if isinstance(usual[name], tuple) else usual[name]
+            shown, default = (list(one) if isinstance(one, tuple) else one for one in (value, default))
             found.append(f"{section}.{name}={shown} must {allowed.in_words()}; the schema's own value is {default}")
     return found
 
