@@ -38,6 +38,7 @@ ALLOWED_ON_RESUME = (
     "train.async_save",
     "train.threads",
     "valid.*",
+    "data.path",
     "optim.ema_decay",
     "parallel.*",
     "data.on_damage",
@@ -48,7 +49,10 @@ ALLOWED_ON_RESUME = (
     "data.cache_*",
     "recompute.*",
 )
-"""Keys and patterns that a resumed run may change: how long, how it is spread, what is logged; not what is computed."""
+"""Keys and patterns that a resumed run may change: how long, how it is spread, what is logged; not what is computed.
+
+`data.path` only says where the data lie: that their content is the same, the fingerprint in the checkpoint says.
+"""
 
 
 def resolve(

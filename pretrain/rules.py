@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 from functools import partial
 
 from perilune.parallel import recompute
 from perilune.parallel.mesh import FLEX_BACKENDS, LayoutError, Mesh
+from perilune.pretrain import ranges, schedule
 from perilune.pretrain.errors import InputError
 from perilune.pretrain.plan.stages import stages_of
 from perilune.pretrain.schema import Config
+from perilune.pretrain.timetable import Timetable
 
 
 def check(config: Config, world: int) -> None:
@@ -24,7 +25,8 @@ def check_fits(config: Config, world: int) -> None:
     """Raise InputError for the first number in `config` that does not fit the others or `world` processes."""
     mesh = mesh_of(config, world)
     # One after the other: each may count on what those before it have let pass.
-    for rule in (_model, _vision, _batch, partial(_layout, mesh=mesh), partial(_contrastive, mesh=mesh)):
+    on_mesh = [partial(rule, mesh=mesh) for rule in (_layout, _contrastive, _length)]
+    for rule in (_model, ranges.all_problems, _vision, _batch, *on_mesh):
         for problem in rule(config):
             raise InputError(problem)
 
@@ -106,82 +108,27 @@ def _yaml(value: bool) -> str:
 
 
 def _batch(config: Config) -> list[str]:
-    t = config.train
-    counts = {
-        "train.global_batch_size": (t.global_batch_size, 1),
-        "train.micro_batch_size": (t.micro_batch_size, 1),
-        "train.nonfinite_limit": (t.nonfinite_limit, 1),
-        "train.save_every": (t.save_every, 0),
-        "train.log_every": (t.log_every, 0),
-        "train.keep": (t.keep, 0),
-        "train.threads": (t.threads, 0),
-        "valid.every": (config.valid.every, 0),
-        "valid.steps": (config.valid.steps, 0),
-        "data.workers": (config.data.workers, 0),
-        "data.quarantine_limit": (config.data.quarantine_limit, 0),
-        "data.seq_len": (config.data.seq_len, 2),
-    }
-    problems = [f"{key}={value} must be at least {least}" for key, (value, least) in counts.items() if value < least]
-    o, s = config.optim, config.schedule
-    ranges = {
-        "optim.lr": (o.lr, 0, 1e3),
-        "data.caption_noise": (config.data.caption_noise, 0, 1),
-        "optim.momentum": (o.momentum, 0, 1),
-        "optim.beta1": (o.beta1, 0, 1),
-        "optim.beta2": (o.beta2, 0, 1),
-        "optim.eps": (o.eps, 0, 1),
-        "optim.weight_decay": (o.weight_decay, 0, 1e3),
-        "optim.clip": (o.clip, 0, math.inf),
-        "data.timeout_s": (config.data.timeout_s, 0.01, math.inf),
-        "data.retry_s": (config.data.retry_s, 0, math.inf),
-        "data.cache_gib": (config.data.cache_gib, 0, math.inf),
-        "model.init_std": (config.model.init_std, 0, 1e3),
-        "vision.init_std": (config.vision.init_std, 0, 1e3),
-        "model.rms_norm_eps": (config.model.rms_norm_eps, 0, 1),
-        "model.latent_norm_eps": (config.model.latent_norm_eps, 0, 1),
-        "model.rope_theta": (config.model.rope_theta, 1, math.inf),
-        "model.beta_fast": (config.model.beta_fast, 1e-3, math.inf),
-        "model.beta_slow": (config.model.beta_slow, 1e-3, math.inf),
-        "model.seq_aux_loss_alpha": (config.model.seq_aux_loss_alpha, 0, math.inf),
-        "schedule.warmup_tokens": (s.warmup_tokens, 0, math.inf),
-        "schedule.min_lr_ratio": (s.min_lr_ratio, 0, 1),
-        "schedule.decay_ratio": (s.decay_ratio, 0, 1),
-        "schedule.bias_update_speed": (s.bias_update_speed, 0, math.inf),
-        "schedule.mtp_weight": (s.mtp_weight, 0, math.inf),
-        "schedule.mtp_weight_late": (s.mtp_weight_late, 0, math.inf),
-    }
-    problems += [
-        f"{key}={value} must lie between {low} and {high}"
-        for key, (value, low, high) in ranges.items()
-        if not low <= value <= high
-    ]
-    if not 0 <= o.ema_decay < 1:
-        problems.append(
-            f"optim.ema_decay={o.ema_decay} must be at least 0 (no average of the weights is kept) and less than 1 (it "
-            "would never move): it averages over about 1 / (1 - optim.ema_decay) updates"
-        )
-    if len(s.milestones) != len(s.factors):
-        problems.append(
-            f"schedule.milestones={list(s.milestones)} must be as long as schedule.factors={list(s.factors)}"
-        )
+    problems = []
+    if wrong := schedule.milestones_problem(config.schedule):
+        problems.append(wrong)
     longest = config.model.max_position_embeddings
     if config.data.seq_len > longest:
-        problems.append(f"data.seq_len={config.data.seq_len} is beyond model.max_position_embeddings={longest}")
+        problems.append(
+            f"data.seq_len={config.data.seq_len} is beyond model.max_position_embeddings={longest}; set "
+            f"model.max_position_embeddings={config.data.seq_len}, or data.seq_len={longest} with data packed so"
+        )
     return problems
+
+
+def _length(config: Config, mesh: Mesh) -> list[str]:
+    """Every rank begins with this plan, and would raise what it raises here."""
+    Timetable(config, mesh.dp).at(0)
+    return []
 
 
 def _model(config: Config) -> list[str]:
     m = config.model
-    problems = []
-    positive = "num_layers hidden_size num_attention_heads kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim "
-    for name in (positive + "intermediate_size vocab_size n_group original_max_position_embeddings").split():
-        if getattr(m, name) < 1:
-            problems.append(f"model.{name}={getattr(m, name)} must be at least 1")
-    if m.num_nextn_predict_layers < 0 or (m.q_lora_rank is not None and m.q_lora_rank < 1):
-        problems.append(
-            f"model.num_nextn_predict_layers={m.num_nextn_predict_layers} must be at least 0, and "
-            f"model.q_lora_rank={m.q_lora_rank} at least 1 or null"
-        )
+    problems = ranges.problems(config, "model")
     if m.qk_rope_head_dim % 2:
         problems.append(f"model.qk_rope_head_dim={m.qk_rope_head_dim} must be even: RoPE turns pairs")
     if not 0 <= m.first_k_dense_replace <= m.num_layers:
@@ -201,9 +148,8 @@ def _model(config: Config) -> list[str]:
             f"all {m.num_layers} layers are dense (model.first_k_dense_replace) but model.n_routed_experts="
             f"{m.n_routed_experts}: set it to 0"
         )
-    for name, least in (("moe_intermediate_size", 1), ("n_shared_experts", 0), ("n_routed_experts", 1)):
-        if getattr(m, name) < least:
-            problems.append(f"model.{name}={getattr(m, name)} must be at least {least}")
+    if m.moe_intermediate_size < 1:
+        problems.append(f"model.moe_intermediate_size={m.moe_intermediate_size} must be at least 1")
     K, M, G, E = m.num_experts_per_tok, m.topk_group, m.n_group, m.n_routed_experts
     if G < 1 or E % G:
         problems.append(f"model.n_routed_experts={E} does not divide into model.n_group={G} equal groups")
@@ -239,9 +185,7 @@ def _vision(config: Config) -> list[str]:
     ]
     if set(frozen) >= set(parts):
         problems.append(f"train.freeze={list(frozen)} leaves nothing to train")
-    if v.num_layers < 0:
-        problems.append(f"vision.num_layers={v.num_layers} must be at least 0, and 0 for a language model alone")
-    if v.num_layers <= 0:
+    if not v.num_layers:
         return problems
     for name in "hidden_size num_attention_heads intermediate_size patch_size pos_emb_height pos_emb_width".split():
         if getattr(v, name) < 1:
@@ -259,8 +203,6 @@ def _vision(config: Config) -> list[str]:
     for name in ("num_attention_heads", "intermediate_size", "hidden_size"):
         if getattr(v, name) % tp:
             problems.append(f"vision.{name}={getattr(v, name)} does not divide by parallel.tp={tp}")
-    if not 0 <= v.token_share <= 1:
-        problems.append(f"vision.token_share={v.token_share} must lie between 0 and 1")
     if config.model.num_nextn_predict_layers:
         problems.append(
             f"model.num_nextn_predict_layers={config.model.num_nextn_predict_layers} with vision.num_layers="
@@ -283,8 +225,6 @@ def _contrastive(config: Config, mesh: Mesh) -> list[str]:
             problems.append(f"contrastive.{name}={getattr(c, name)} must be at least 1")
     if problems:
         return problems
-    if not 0 <= c.caption_weight <= 1e3:
-        problems.append(f"contrastive.caption_weight={c.caption_weight} must lie between 0 and 1000.0")
     if c.hidden_size % (2 * c.num_attention_heads):
         problems.append(
             f"contrastive.hidden_size={c.hidden_size} must be a multiple of 2 x contrastive.num_attention_heads="

@@ -50,6 +50,7 @@ def run(config: Config, run_dir: Path, world: int, *, start: Start = Start(), pr
     step, begun = _position(run_dir, net, optim, stream, start)
     state = begun.state
     plan = Timetable(config, mesh.dp)
+    vital_signs.beat("loading", step, plan.total_steps)  # a run that is at its end takes no step that would tell it
     meter = Meter(config, world, mesh.dp)
 
     with ExitStack() as stack:
@@ -125,8 +126,7 @@ def _position(
             checkpoint.init_from(start.init_from, net, optim)
         return 0, carry_over.Taken(stream.initial_state(), [], [])
     saved = checkpoint.load(newest, net, optim)
-    state = DataState.from_dict(saved["data"])
-    stream.check_state(state)
+    state = stream.found_again(DataState.from_dict(saved["data"]))
     told = ["--init-from and --after were for this run's start; it continues from its own checkpoint"]
     return saved["step"], carry_over.Taken(state, saved.get("before", []), told if start != Start() else [])
 

@@ -55,13 +55,21 @@ def _progress(tokens: int, start: float, end: float) -> float:
     return max(0.0, (tokens - start) / (end - start))
 
 
+def milestones_problem(schedule: Schedule) -> str | None:
+    """Why the milestones do not pair with the factors in rising order; None where they do."""
+    if len(schedule.milestones) == len(schedule.factors) and list(schedule.milestones) == sorted(schedule.milestones):
+        return None
+    return (
+        f"schedule.milestones={list(schedule.milestones)} and schedule.factors={list(schedule.factors)}: a multistep "
+        "schedule needs one factor for each milestone, milestones rising; set both, as milestones=[0.8,0.9] "
+        "factors=[0.316,0.1]"
+    )
+
+
 def _multistep(schedule: Schedule, tokens: int, total_tokens: int) -> float:
     """The factor of the last milestone passed."""
-    if len(schedule.milestones) != len(schedule.factors) or list(schedule.milestones) != sorted(schedule.milestones):
-        raise InputError(
-            f"schedule.milestones={schedule.milestones} and schedule.factors={schedule.factors}: "
-            "a multistep schedule needs one factor for each milestone, milestones rising"
-        )
+    if wrong := milestones_problem(schedule):
+        raise InputError(wrong)
     share = 1.0
     for milestone, factor in zip(schedule.milestones, schedule.factors, strict=True):
         if tokens >= milestone * total_tokens:

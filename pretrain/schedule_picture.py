@@ -29,7 +29,7 @@ class Panel:
 def draw(config: Config, dp: int, file: Path) -> list[str]:
     """Write the picture to `file`; returns what each panel shows. Raises InputError where it cannot."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise InputError("--plot needs matplotlib: pip install 'perilune[scaling]'")
+        raise InputError("--plot needs matplotlib: pip install -e '.[scaling]' in the checkout")
     import matplotlib
 
     matplotlib.use("Agg")

@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from contextlib import closing, suppress
 from pathlib import Path
 
 from perilune.launch import local
@@ -83,9 +84,10 @@ def check_here(config: Config, run_dir: Path, world: int, gpus: int, start: Star
     """Refuse what cannot run before a process of it starts, and make its folder. Raises InputError."""
     rules.check(config, world)
     rules.check_machine(config, gpus)
-    if checkpoint_files.latest(run_dir / "checkpoints") is None:  # else they are not opened, and may be gone
+    newest = checkpoint_files.latest(run_dir / "checkpoints")
+    if newest is None:  # else they are not opened, and may be gone
         start.check()
-    _check_data(config)
+    _check_data(config, newest)
     if int(os.environ.get("RANK", "0")) == 0:
         if not gpus and config.precision.compute == "bf16" and not doctor.multiplies_bf16():
             print("this CPU has no bf16 instructions: precision.compute=fp32 is at least as fast", file=sys.stderr)
@@ -174,13 +176,19 @@ def check_data_if_seen(config: Config) -> None:
         _check_data(config)
 
 
-def _check_data(config: Config) -> None:
-    """Open every dataset of the run once, so that one that cannot be used is refused before anything starts."""
-    from perilune.pretrain.data.stream import open_dataset, open_stream, remote_of
+def _check_data(config: Config, newest: Path | None = None) -> None:
+    """Open every dataset of the run once, so that one that cannot be used, or is not the one that the checkpoint
+    `newest` was trained on, is refused before anything starts. Raises InputError."""
+    from perilune.pretrain.data.stream import DataState, open_dataset, open_stream, remote_of
 
     depth, vocabulary, vision = config.model.num_nextn_predict_layers, config.model.vocab_size, config.vision
     data = dataclasses.replace(config.data, workers=0)
-    open_stream(data, config.train.seed, depth=depth, vocab_size=vocabulary, vision=vision).close()
+    with closing(open_stream(data, config.train.seed, depth=depth, vocab_size=vocabulary, vision=vision)) as stream:
+        if newest is not None:
+            with suppress(checkpoint_files.CheckpointError):  # the ranks go on from an older one
+                saved = checkpoint_files.read_manifest(newest)["run_state"]
+                if "data" in saved:
+                    stream.found_again(DataState.from_dict(saved["data"]))
     if config.valid.every:
         open_dataset(str(config.valid.path), data.seq_len, vocabulary, remote_of(data), vision).close()
 

@@ -1,4 +1,4 @@
-"""docs/keys.md has every key of the schema once, in its order, with its type and default, and no other."""
+"""docs/keys.md has every key of the schema once, in its order, with its type, default and limits, and no other."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from perilune.pretrain import ranges
 from perilune.pretrain.schema import Config
 
 PAGE = Path(__file__).parent.parent / "docs" / "keys.md"
@@ -48,3 +49,15 @@ def test_the_page_has_every_key_once_with_its_type_and_default() -> None:
     assert len(rows) == len(lines), [line for line in lines if not ROW.match(line)]
     assert [row[:3] for row in rows] == _expected()
     assert all(row[3].strip() for row in rows)
+
+
+def test_limits_of_single_numbers_are_those_that_are_checked() -> None:
+    meaning = {match[1]: match[4] for line in PAGE.read_text().splitlines() if (match := ROW.match(line))}
+    for section, named in ranges.RANGES.items():
+        for name, allowed in named.items():
+            told = meaning[f"{section}.{name}"]
+            if allowed.most < 2**62:
+                assert f"{allowed.least:g} to {allowed.most:g}" in told, (section, name)
+                assert ("1 excluded" in told) == allowed.below, (section, name)
+            elif allowed.least:
+                assert f"{allowed.least:g}" in told, (section, name)

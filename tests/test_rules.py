@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import typing
+from typing import Any
+
 import pytest
 
 from perilune.pretrain import config as configs
-from perilune.pretrain import presets, rules
+from perilune.pretrain import presets, ranges, rules
 from perilune.pretrain.errors import InputError
+
+
+def _numbers(hint: Any) -> set[Any]:
+    """The types of which `hint` is made, but for a mapping's: it has its own rules."""
+    return set() if typing.get_origin(hint) is dict else {hint, *typing.get_args(hint)}
 
 
 @pytest.mark.parametrize(
@@ -16,8 +24,8 @@ from perilune.pretrain.errors import InputError
         (["precision.fp8=emulated"], ["precision.fp8=emulated", "precision.fp8=off"]),
         (["precision.fp8=blockwise"], ["precision.fp8=blockwise", "precision.compute=bf16"]),
         (["optim.name=muon", "optim.momentum=1.5"], ["optim.momentum=1.5", "between 0 and 1"]),
-        (["optim.ema_decay=1"], ["optim.ema_decay=1.0", "less than 1"]),
-        (["optim.ema_decay=-0.5"], ["optim.ema_decay=-0.5", "at least 0"]),
+        (["optim.ema_decay=1"], ["optim.ema_decay=1.0", "between 0 and 1, 1 excluded"]),
+        (["optim.ema_decay=-0.5"], ["optim.ema_decay=-0.5", "between 0"]),
         (["parallel.cp=4", "data.seq_len=60"], ["2 x 4", "data.seq_len=60", "56 and 64"]),
         (["parallel.dispatcher=flex"], ["flex", "alltoall"]),
         (
@@ -66,7 +74,16 @@ from perilune.pretrain.errors import InputError
         (["model.num_nextn_predict_layers=-1"], ["num_nextn_predict_layers=-1"]),
         (["model.moe_intermediate_size=0"], ["moe_intermediate_size=0"]),
         (["schedule.milestones=[0.5]"], ["milestones=[0.5]", "factors"]),
-        (["data.seq_len=128"], ["data.seq_len=128", "max_position_embeddings=64"]),
+        (["data.seq_len=128"], ["data.seq_len=128", "max_position_embeddings=64", "set model.max_position_emb"]),
+        (["optim.beta1=1"], ["optim.beta1=1.0", "1 excluded", "0.9"]),
+        (["optim.beta2=1"], ["optim.beta2=1.0", "1 excluded"]),
+        (["optim.momentum=1"], ["optim.momentum=1.0", "1 excluded"]),
+        (["model.rope_scaling_factor=0"], ["rope_scaling_factor=0.0", "between 1 and"]),
+        (["schedule.mtp_switch_ratio=7"], ["mtp_switch_ratio=7.0", "between 0 and 1"]),
+        (["schedule.factors=[-1,2]"], ["schedule.factors=[-1.0, 2.0]", "between 0 and"]),
+        (["schedule.milestones=[0.9,0.8]"], ["schedule.milestones=[0.9, 0.8]", "rising"]),
+        (["train.batch_ramp_start=99", "train.batch_ramp_tokens=1000"], ["batch_ramp_start=99", "size=8"]),
+        (["train.steps=0"], ["train.steps=0", "train.tokens=0", "exactly one"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
@@ -78,6 +95,22 @@ def test_what_cannot_run_is_refused_in_one_sentence(overrides: list[str], words:
     assert "\n" not in str(refused.value)
     for word in words:
         assert word in str(refused.value)
+
+
+@pytest.mark.parametrize("key", [key for key, hint in configs.keys().items() if {int, float} & _numbers(hint)])
+def test_every_number_has_a_range(key: str) -> None:
+    hint = configs.keys()[key]
+    value = "[-5, -4]" if typing.get_origin(hint) is tuple else "-5"
+    # The one has experts, the other everything else.
+    start = ("tiny", []) if key.startswith("model.") else ("demo_vlm", ["stage=vit"])
+    with pytest.raises(InputError, match="-5"):
+        rules.check(configs.resolve(start[0], [*start[1], f"{key}={value}"]), 2)
+
+
+@pytest.mark.parametrize("name", presets.names())
+def test_numbers_of_every_preset_lie_in_their_ranges(name: str) -> None:
+    for stage in presets.stages(name) or ("",):
+        assert ranges.all_problems(presets.get(name, stage)) == []
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -156,6 +157,20 @@ def test_a_resumed_run_refuses_changed_keys_but_not_its_length(packed: Path, tmp
     assert "is at step 2 already: ask for more" in finish(start(packed, run, "train.steps=1"), 2)
     finish(start(packed, run, "train.steps=3"))
     assert [entry["step"] for entry in metrics(run)] == [1, 2, 3]
+
+
+def test_a_run_goes_on_where_its_data_has_moved_and_says_how_far_it_is(packed: Path, tmp_path: Path) -> None:
+    run, moved = tmp_path / "run", tmp_path / "moved"
+    finish(start(packed, run, "train.steps=2", "valid.every=0"))
+    shutil.copytree(packed, moved)
+    finish(start(moved, run, "train.steps=4", "valid.every=0"))
+    assert [entry["step"] for entry in metrics(run)] == [1, 2, 3, 4]
+    other = finish(start(packed.parent / "valid", run, "train.steps=6", "valid.every=0"), 2)
+    assert "resume with the same data" in other and str(moved) in other
+
+    finish(start(moved, run, "train.steps=4", "valid.every=0"))  # nothing is left to do
+    beats = [json.loads(file.read_text()) for file in (run / "launch" / "beats").iterdir()]
+    assert [(beat["step"], beat["of"], beat["phase"]) for beat in beats] == [(4, 4, "done")] * 2
 
 
 def test_a_poisoned_step_changes_nothing_and_enough_of_them_stop_the_run(packed: Path, tmp_path: Path) -> None:

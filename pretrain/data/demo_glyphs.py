@@ -330,7 +330,9 @@ def _fonts() -> dict[str, tuple[Path, frozenset[int]]]:
         import matplotlib
         from matplotlib.ft2font import FT2Font
     except ImportError as error:
-        raise InputError(f"{GLYPHS} draws with matplotlib's fonts: pip install 'perilune[glyphs]'") from error
+        raise InputError(
+            f"{GLYPHS} draws with matplotlib's fonts: pip install -e '.[glyphs]' in the checkout"
+        ) from error
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     paths = {name: folder / f"{name}.ttf" for name in FONTS}
     if missing := [path.name for path in paths.values() if not path.is_file()]:

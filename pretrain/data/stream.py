@@ -152,6 +152,20 @@ class Stream:
                         earlier[path] = max(earlier[path], rows)
         return replace(self.initial_state(), earlier=earlier)
 
+    def found_again(self, state: DataState) -> DataState:
+        """A state that was saved, by the path where the same content lies now; InputError as `check_state`."""
+        (*others, theirs), mine = state.fingerprints, self.paths[-1]
+        if not others and len(self.paths) == 1 and state.fingerprints[theirs] == self.datasets[0].fingerprint:
+            state = replace(
+                state,
+                counters={mine: state.counters[theirs]},
+                fingerprints={mine: state.fingerprints[theirs]},
+                quarantine=[entry | {"dataset": mine} for entry in state.quarantine],
+                earlier={mine: state.earlier[theirs]} if state.earlier else {},
+            )
+        self.check_state(state)
+        return state
+
     def check_state(self, state: DataState) -> None:
         """Raise InputError where a state that was saved belongs to other data than this stream's, or another blend."""
         mine = self.initial_state().fingerprints

@@ -23,7 +23,7 @@ def fit_command(paths: Sequence[Path], out: Path, *, mixed: bool = False, seed: 
     Raises InputError for trials that cannot be read, put together or fitted, and if `out` has a fit already.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise InputError("perilune fit needs matplotlib: pip install 'perilune[scaling]'")
+        raise InputError("perilune fit needs matplotlib: pip install -e '.[scaling]' in the checkout")
     from perilune.pretrain.scaling import pictures
     from perilune.pretrain.scaling.fit import fit
     from perilune.pretrain.scaling.trials import read_csv
