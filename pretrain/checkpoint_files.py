@@ -226,7 +226,7 @@ def prepare(folder: Path, step: int) -> tuple[Path | None, Path]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     for entry in folder.glob(".step_*"):
-        _remove(entry)
+        _remove_if_possible(entry)
     final = folder / folder_name(step)
     temporary = folder / f".{final.name}.{uuid.uuid4().hex[:8]}"
     if final.exists():
@@ -256,7 +256,7 @@ def commit(temporary: Path, step: int, keep: int) -> Path:
         hidden = folder / f".{path.name}.{uuid.uuid4().hex[:8]}.old"
         os.rename(path, hidden)  # a folder half removed must not look complete
         _sync_folder(folder)
-        _remove(hidden)
+        _remove_if_possible(hidden)
     return final
 
 
@@ -273,11 +273,18 @@ def discard(temporary: Path) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _remove(entry: Path) -> None:
-    if entry.is_dir() and not entry.is_symlink():
-        shutil.rmtree(entry)
-    else:
-        entry.unlink()
+def _remove_if_possible(entry: Path) -> None:
+    """Remove what is hidden from `committed` already; what does not go (a file that NFS keeps open) is left for now.
+
+    The checkpoint beside it is as good with it as without, so that no save may fail on it.
+    """
+    try:
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+    except OSError as error:
+        log.warning("%s cannot be removed now (%s); the next save tries it again", entry, error)
 
 
 def _write_synced(path: Path, text: str) -> None:

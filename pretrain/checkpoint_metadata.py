@@ -7,6 +7,7 @@ plain ones here, with the attributes of theirs: an export takes less time than t
 from __future__ import annotations
 
 import enum
+import io
 import math
 import pickle
 from dataclasses import dataclass
@@ -126,14 +127,14 @@ def read_metadata(folder: Path, sizes: dict[str, int]) -> Metadata:
     path = folder / METADATA
     if METADATA not in sizes:
         raise CheckpointError(f"{folder}: the manifest lists no {METADATA}; this is not a whole checkpoint")
-    with open(path, "rb") as stream:
-        try:
-            metadata = _Unpickler(stream).load()
-            _check(metadata, sizes)
-        except CheckpointError as error:
-            raise CheckpointError(f"{path} is refused: {error}") from error
-        except Exception as error:  # whatever a malformed pickle raises
-            raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
+    content = io.BytesIO(path.read_bytes())  # an error of reading is the disk's, and says nothing of the content
+    try:
+        metadata = _Unpickler(content).load()
+        _check(metadata, sizes)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} is refused: {error}") from error
+    except Exception as error:  # whatever a malformed pickle raises
+        raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
     return metadata  # type: ignore[no-any-return]
 
 
