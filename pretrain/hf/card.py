@@ -214,8 +214,10 @@ def _type_of_tensors(checkpoint: Checkpoint, target: str) -> str:
         return target
     if target == "bfloat16":
         return f"{target}, rounded from {own}"
-    masters = "the masters of the" if checkpoint.has_masters() else "cast from"
-    return f"{target}, {masters} {own} weights"
+    if not checkpoint.has_masters():
+        return f"{target}, cast from {own} weights"
+    frozen = ", ".join(checkpoint.config.train.freeze)
+    return f"{target}, the masters of the {own} weights" + (f"; what was frozen ({frozen}) cast" if frozen else "")
 
 
 def folder_title(checkpoint: Checkpoint) -> str:
