@@ -199,7 +199,7 @@ def load(path: Path, model: Model, optimizer: Any | None) -> dict[str, Any]:
     shapes are checked before the first weight changes.
     """
     manifest, metadata = opened(path)
-    if optimizer is not None and manifest["optimizer_step"] is None:
+    if optimizer is not None and manifest.get("optimizer_step") is None:
         raise CheckpointError(f"{path} holds weights only: start from it with --init-from, it cannot be resumed")
     state = _fill(path, metadata, model, optimizer, exact=True)
     if optimizer is not None:

@@ -145,7 +145,9 @@ def write(folder: Path, checkpoint: Checkpoint, target: str, verdict: str | None
             facts |= _measured(checkpoint)
         for path, digest in ((run_state.get("data") or {}).get("fingerprints") or {}).items():
             facts[f"Data `{Path(path).name}`"] = f"fingerprint `{digest}`"
-    facts["Checkpoint written by"] = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
+    facts["Checkpoint written by"] = ", ".join(
+        f"{name} {version}" for name, version in manifest.get("versions", {}).items()
+    )
     if verdict is not None:
         facts["Verified"] = verdict
     table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())

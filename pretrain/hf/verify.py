@@ -52,17 +52,20 @@ class Difference:
     mtp: tuple[float, ...] | None  # None: not compared
 
 
+def check_installed() -> None:
+    """Raises InputError where transformers is not: said before an export, which may take hours."""
+    if importlib.util.find_spec("transformers") is None:
+        raise InputError("--verify needs transformers: pip install 'transformers>=5.23,<6'")
+
+
 def verify(
     folder: Path, checkpoint: Checkpoint, target: str, *, workers: Workers | None = None,
     say: Callable[[str], None] = print,
 ) -> str:  # fmt: skip
-    """Check the export in `folder`; returns one line for the card. Raises VerifyError, and InputError where
-    transformers is not installed.
+    """Check the export in `folder`; returns one line for the card. Raises VerifyError.
 
     Our side runs in a process of its own (of `workers`, if given). Both models are held in fp32, one after the other.
     """
-    if importlib.util.find_spec("transformers") is None:
-        raise InputError("--verify needs transformers: pip install 'transformers>=5.23,<6'")
     if hold_nan := same_tensors(folder, checkpoint, target):
         more = f" and {len(hold_nan) - _NAMED} more" if len(hold_nan) > _NAMED else ""
         raise VerifyError(
