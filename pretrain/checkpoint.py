@@ -195,11 +195,11 @@ def load(path: Path, model: Model, optimizer: Any | None) -> dict[str, Any]:
 
     `optimizer` None loads the weights alone. An average of the weights that the checkpoint lacks begins as its weights,
     one that `optimizer` does not keep is left, and the log says so. Raises CheckpointError on every rank for a
-    checkpoint that is damaged, hostile, or of another model; hashes, names and shapes are checked before the first
-    weight changes.
+    checkpoint that is damaged, hostile, or of another model, OSError for one that cannot be read; hashes, names and
+    shapes are checked before the first weight changes.
     """
     manifest, metadata = opened(path)
-    if optimizer is not None and manifest["optimizer_step"] is None:
+    if optimizer is not None and manifest.get("optimizer_step") is None:
         raise CheckpointError(f"{path} holds weights only: start from it with --init-from, it cannot be resumed")
     state = _fill(path, metadata, model, optimizer, exact=True)
     if optimizer is not None:
@@ -211,7 +211,7 @@ def load(path: Path, model: Model, optimizer: Any | None) -> dict[str, Any]:
 def init_from(path: Path, model: Model, optimizer: Any | None = None) -> None:
     """Only the weights (and router biases) of `path`, cast to the model's dtype; the masters follow. Collective.
 
-    Raises CheckpointError as `load` does.
+    Raises CheckpointError and OSError as `load` does.
     """
     _, metadata = opened(path)
     _fill(path, metadata, model, None, exact=False)
@@ -221,18 +221,48 @@ def init_from(path: Path, model: Model, optimizer: Any | None = None) -> None:
 
 def opened(path: Path) -> tuple[dict[str, Any], Any]:
     """(manifest, DCP metadata) of a checkpoint whose every file has the size and hash that its manifest says."""
-    doing, ranks = f"loading {path}", Ranks()
-    manifest = ranks.everywhere(lambda: files.read_manifest(path), CheckpointError, doing)
+    ranks = Ranks()
+    manifest = _agreed(ranks, path, lambda: files.read_manifest(path))
 
     def check() -> None:
         mine = files.shares(files.sizes_of(manifest), ranks.size)[ranks.rank]
         files.check_files(path, manifest, mine)
 
-    ranks.everywhere(check, lambda text: files.DamagedCheckpoint(path, text), doing)
+    _agreed(ranks, path, check)
     if len({files.digest_of(one) for one in ranks.gathered(manifest)}) != 1:
         raise CheckpointError(f"{path} is not the same on all ranks: it must lie on a file system that all share")
     sizes = files.sizes_of(manifest)
-    return manifest, ranks.everywhere(lambda: read_metadata(path, sizes), CheckpointError, doing)
+    return manifest, _agreed(ranks, path, lambda: read_metadata(path, sizes))
+
+
+def _agreed[T](ranks: Ranks, path: Path, reading: Callable[[], T]) -> T:
+    """`reading()` of this rank; if it fails on any, every rank raises the gravest that any met, and names where.
+
+    Damage that one rank saw is damage, whatever kept another from reading. What kept it is an OSError, and no word
+    about the checkpoint: a launched run sets aside what is damaged, and must keep what could not be read for a moment.
+    """
+    kinds = (
+        (files.DamagedCheckpoint, lambda text: files.DamagedCheckpoint(path, text)),
+        (OSError, OSError),
+        (Exception, CheckpointError),
+    )
+    gravity = (0, 2, 1)  # of each kind: what cannot be read may be whole
+    result: T | None = None
+    failure: Exception | None = None
+    try:
+        result = reading()
+    except Exception as error:
+        failure = error
+    mine = None if failure is None else next(k for k, (kind, _) in enumerate(kinds) if isinstance(failure, kind))
+    met = [kind for kind in ranks.gathered(mine) if kind is not None]
+    gravest = min(met, key=lambda kind: gravity[kind], default=None)
+
+    def tell() -> None:
+        if failure is not None and mine == gravest:
+            raise failure
+
+    ranks.everywhere(tell, kinds[gravest or 0][1], f"loading {path}")
+    return result  # type: ignore[return-value]
 
 
 def _fill(path: Path, metadata: Any, model: Model, optimizer: Any | None, exact: bool) -> dict[str, Any]:
@@ -247,7 +277,7 @@ def _fill(path: Path, metadata: Any, model: Model, optimizer: Any | None, exact:
     tensors, plain = extract_sharded_base(state)
     merge(plain, local)
     _compare(path, tensors, metadata, with_optimizer=optimizer is not None, exact=exact)
-    loaded = Ranks().everywhere(lambda: shards.read(tensors, path, metadata), CheckpointError, f"loading {path}")
+    loaded = _agreed(Ranks(), path, lambda: shards.read(tensors, path, metadata))
     state = apply_factory_merges(merge(plain, loaded), factories)
     for index, chunk in enumerate(model.bare()):
         missing, unexpected = chunk.load_state_dict(state.get(f"model{index}", {}), strict=False)

@@ -24,6 +24,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from perilune.pretrain.errors import InputError
@@ -33,6 +34,7 @@ MANIFEST, CONFIG = "manifest.json", "config.yaml"
 LATEST = "latest"
 _NAME = re.compile(r"step_(\d{8,})")
 log = logging.getLogger(__name__)
+_NAMED = 3
 _CHUNK = 1 << 20  # bytes read at once while hashing
 
 
@@ -111,20 +113,40 @@ def read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(file.read_bytes())
         version = manifest["format"]
+        sealed = manifest.pop("sha256", None) == digest_of(manifest)
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise DamagedCheckpoint(path, f"{file} is damaged: {type(error).__name__}: {error}. {_remedy(path)}") from error
     if isinstance(version, str):  # packed datasets have a file of this name too
         raise CheckpointError(f"{path} is no checkpoint: its {MANIFEST} is of the format {version}")
     if version != FORMAT:
         raise CheckpointError(f"{file} is of format {version}; this perilune reads {FORMAT}. Use the one that wrote it")
-    if manifest.pop("sha256", None) != digest_of(manifest):
+    if not sealed:
         raise DamagedCheckpoint(
             path, f"{file} is damaged: its content does not have the SHA-256 it states. {_remedy(path)}"
         )
+    _check_types(file, manifest)
     for name in manifest["files"]:
         if name != os.path.basename(name) or name in ("", ".", "..", MANIFEST):
             raise CheckpointError(f"{file} lists {name!r}, which is not the plain name of a file beside it")
     return manifest
+
+
+def _check_types(file: Path, manifest: dict[str, Any]) -> None:
+    """Raises CheckpointError for a manifest that whoever wrote it has sealed, and that is not as ours are."""
+    wrong = [key for key, kind in (("step", int), ("run_state", dict), ("files", dict))
+             if type(manifest.get(key)) is not kind]  # fmt: skip
+    wrong += [key for key, kinds in (("versions", (dict,)), ("optimizer_step", (int, type(None))))
+              if key in manifest and type(manifest[key]) not in kinds]  # fmt: skip
+    listed = manifest["files"] if "files" not in wrong else {}
+    for name, said in listed.items():
+        size, digest = (said.get("bytes"), said.get("sha256")) if type(said) is dict else (None, None)
+        if type(size) is not int or size < 0 or type(digest) is not str:
+            wrong.append(f"files.{name}")
+    if wrong:
+        more = f" and {len(wrong) - _NAMED} more" if len(wrong) > _NAMED else ""
+        raise CheckpointError(
+            f"{file} was not written by perilune: {', '.join(wrong[:_NAMED])}{more} absent or of another type"
+        )
 
 
 def _remedy(path: Path) -> str:
@@ -158,7 +180,11 @@ def shares(sizes: dict[str, int], parts: int) -> list[list[str]]:
     return split
 
 
-def describe(path: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+class _Stopped(Exception):
+    """Nobody waits for the hashes any more."""
+
+
+def describe(path: Path, names: Iterable[str], stop: Event | None = None) -> dict[str, dict[str, Any]]:
     """name -> {"bytes": size, "sha256": hex digest} of files in `path`, read as they are on disk."""
     found = {}
     for name in names:
@@ -167,6 +193,8 @@ def describe(path: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
             while chunk := stream.read(_CHUNK):
                 digest.update(chunk)
                 size += len(chunk)
+                if stop is not None and stop.is_set():
+                    raise _Stopped
         found[name] = {"bytes": size, "sha256": digest.hexdigest()}
     return found
 
@@ -181,11 +209,11 @@ def check_sizes(path: Path, manifest: dict[str, Any], names: Iterable[str]) -> N
             raise DamagedCheckpoint(path, f"{file} has {size} bytes, the manifest says {said}. {_remedy(path)}")
 
 
-def check_files(path: Path, manifest: dict[str, Any], names: Iterable[str]) -> None:
+def check_files(path: Path, manifest: dict[str, Any], names: Iterable[str], stop: Event | None = None) -> None:
     """Raises CheckpointError naming the first of `names` that is missing or not what the manifest says."""
     for name in names:
         check_sizes(path, manifest, [name])
-        if describe(path, [name])[name]["sha256"] != manifest["files"][name]["sha256"]:
+        if describe(path, [name], stop)[name]["sha256"] != manifest["files"][name]["sha256"]:
             file = path / name
             raise DamagedCheckpoint(
                 path, f"{file} is damaged: its SHA-256 is not the one in the manifest. {_remedy(path)}"
@@ -194,13 +222,22 @@ def check_files(path: Path, manifest: dict[str, Any], names: Iterable[str]) -> N
 
 @contextmanager
 def checked_meanwhile(path: Path, manifest: dict[str, Any], names: Iterable[str]) -> Iterator[None]:
-    """`check_files` in a thread while the body reads them: raises at the end, whatever the body made of damage."""
+    """`check_files` in a thread while the body reads them: raises at the end, whatever the body made of damage.
+
+    A full disk and Ctrl-C are no work of damage: they end the check at once.
+    """
+    stop = Event()
     with ThreadPoolExecutor(1) as thread:
-        checking = thread.submit(check_files, path, manifest, names)
+        checking = thread.submit(check_files, path, manifest, names, stop)
         try:
             yield
-        finally:
-            checking.result()
+        except BaseException as error:
+            if isinstance(error, OSError) or not isinstance(error, Exception):
+                stop.set()
+            else:
+                checking.result()
+            raise
+        checking.result()
 
 
 def sizes_of(manifest: dict[str, Any]) -> dict[str, int]:
@@ -226,7 +263,7 @@ def prepare(folder: Path, step: int) -> tuple[Path | None, Path]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     for entry in folder.glob(".step_*"):
-        _remove(entry)
+        _remove_if_possible(entry)
     final = folder / folder_name(step)
     temporary = folder / f".{final.name}.{uuid.uuid4().hex[:8]}"
     if final.exists():
@@ -256,7 +293,7 @@ def commit(temporary: Path, step: int, keep: int) -> Path:
         hidden = folder / f".{path.name}.{uuid.uuid4().hex[:8]}.old"
         os.rename(path, hidden)  # a folder half removed must not look complete
         _sync_folder(folder)
-        _remove(hidden)
+        _remove_if_possible(hidden)
     return final
 
 
@@ -273,11 +310,18 @@ def discard(temporary: Path) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _remove(entry: Path) -> None:
-    if entry.is_dir() and not entry.is_symlink():
-        shutil.rmtree(entry)
-    else:
-        entry.unlink()
+def _remove_if_possible(entry: Path) -> None:
+    """Remove what is hidden from `committed` already; what does not go (a file that NFS keeps open) is left for now.
+
+    The checkpoint beside it is as good with it as without, so that no save may fail on it.
+    """
+    try:
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+    except OSError as error:
+        log.warning("%s cannot be removed now (%s); the next save tries it again", entry, error)
 
 
 def _write_synced(path: Path, text: str) -> None:

@@ -1,7 +1,8 @@
 """A tensor as torch.save wrote it, taken from where the system caches its file: numpy's, with nothing run and no torch.
 
 torch.save writes a zip archive: a pickle that describes the tensor, and its storage as it lies in memory. The pickle is
-read by an unpickler that knows the dozen names which describe a plain tensor; the storage is mapped, not copied.
+read by an unpickler that knows the dozen names which describe a plain tensor; the storage is mapped, not copied. A
+hostile file runs nothing, but it may exhaust this process's memory or time.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import io
 import math
 import mmap
 import pickle
+import reprlib
 import zipfile
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
@@ -27,6 +29,16 @@ _STORAGES = {
     "ByteStorage": "uint8", "BoolStorage": "bool",
 }  # fmt: skip
 _LOCAL_HEADER = 30  # bytes before a zip record's name
+
+
+class _Brief(reprlib.Repr):
+    """Of objects their type: a few bytes of a pickle can describe one whose text is larger than memory."""
+
+    def repr_instance(self, x: Any, level: int) -> str:
+        return repr(x) if type(x) in (float, bool, type(None)) else type(x).__name__
+
+
+brief = _Brief().repr  # of what a file holds, for a message, before its type was checked
 
 
 class _Storage(NamedTuple):
@@ -99,16 +111,20 @@ def _tensor(archive: memoryview) -> np.ndarray:
     with zipfile.ZipFile(cast(IO[bytes], _View(archive))) as records:
         held = {info.filename.partition("/")[2]: info for info in records.infolist()}  # below the archive's own name
     if "byteorder" in held and (order := bytes(_record(archive, held["byteorder"]))) != b"little":
-        raise CheckpointError(f"its byte order is {order!r}, not little")
+        raise CheckpointError(f"its byte order is {order[:20]!r}, not little")
     described = _Unpickler(io.BytesIO(_record(archive, held["data.pkl"]))).load()
     if type(described) is not _Described or type(described.storage) is not _Storage:
         raise CheckpointError(f"it holds a {type(described).__name__} in place of a tensor")
     storage, offset, shape, strides = described[:4]
+    if type(storage.dtype) is not str or type(storage.key) is not str:
+        raise CheckpointError(f"its storage is {brief(storage.key)} of {brief(storage.dtype)}")
     dtype = DTYPES[storage.dtype]
     raw = _record(archive, held[f"data/{storage.key}"])
     counts = (storage.elements, offset, *shape, *strides)
     if len(shape) != len(strides) or not all(type(count) is int and count >= 0 for count in counts):
-        raise CheckpointError(f"its shape is {shape}, its strides are {strides}, its offset is {offset}")
+        raise CheckpointError(
+            f"its shape is {brief(shape)}, its strides are {brief(strides)}, its offset is {brief(offset)}"
+        )
     # In Python's integers: numpy's own check of a view's bounds can overflow.
     last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
     if (0 not in shape and last >= storage.elements) or storage.elements * dtype.itemsize > len(raw):

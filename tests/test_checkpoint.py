@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -249,6 +250,16 @@ def test_nothing_hostile_runs_and_damage_stops_all_ranks(
     assert "no manifest.json" in found["none"]
 
 
+def test_what_cannot_be_read_is_not_damaged(saved: dict[str, Any], workers: Workers, tmp_path: Path) -> None:
+    """A launched run sets damage aside: a disk that does not answer must not cost a good checkpoint."""
+    path = shutil.copytree(saved["path"], tmp_path / "step_00000002")
+    for reads in workers.run(2, ranks.unreadable, path):
+        assert reads["kinds"] == ["OSError", "OSError"] and "failed on rank 1: OSError" in reads["said"][0]
+    flip(path / "config.yaml")  # the second rank's share
+    for reads in workers.run(2, ranks.unreadable, path, 0):
+        assert reads["kinds"] == ["DamagedCheckpoint", "OSError"] and "config.yaml is damaged" in reads["said"][0]
+
+
 # --- failing and crashing while saving ----------------------------------------------------------------------------
 
 
@@ -334,6 +345,23 @@ def test_latest_and_keep(tmp_path: Path) -> None:
     assert files.latest(tmp_path) == tmp_path / "step_100000000"
     fake(tmp_path, 8)  # keep=0: all
     assert len(files.committed(tmp_path)) == 4
+
+
+def test_an_old_one_that_cannot_be_removed_ends_no_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def busy(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOTEMPTY, "Directory not empty")  # NFS keeps what somebody has open as .nfsXXXX
+
+    fake(tmp_path, 1)
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", busy)
+        for step in (2, 3):
+            assert files.verify(fake(tmp_path, step, keep=1))["step"] == step
+            assert [path.name for path in files.committed(tmp_path)] == [f"step_{step:08d}"]
+    assert "cannot be removed now" in caplog.text and list(tmp_path.glob(".step_*"))
+    fake(tmp_path, 4, keep=1)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["latest", "step_00000004"]
 
 
 def test_a_checkpoint_of_the_same_step_stays_unless_damaged(tmp_path: Path) -> None:

@@ -13,8 +13,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
 from perilune.pretrain.checkpoint_files import CheckpointError
+from perilune.pretrain.checkpoint_metadata import Size, read_metadata
 from perilune.pretrain.checkpoint_tensor import DTYPES, mapped
 from perilune.pretrain.hf.weights import as_torch
 
@@ -174,3 +183,71 @@ def test_no_cut_archive_gets_through(tmp_path: Path) -> None:
     for length in range(0, len(blob), 7):
         with pytest.raises(CheckpointError, match=r"cannot be read|is refused"):
             mapped(placed(blob[:length], tmp_path / "x"), 0, length)
+
+
+# ---------------------------------------------------------------- metadata
+
+
+def described_as(
+    folder: Path, size: Size, parts: list[tuple[Size, Size]], change: Callable[[Metadata], Any] = lambda _: None
+) -> Any:
+    """DCP's metadata of one tensor in `parts` (offsets, sizes), as we read it."""
+    chunks = [ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)) for offsets, sizes in parts]
+    stored = TensorStorageMetadata(TensorProperties(torch.float32), torch.Size(size), chunks)
+    places = {MetadataIndex("w", chunk.offsets): _StorageInfo("a", 0, 1) for chunk in chunks}
+    metadata = Metadata({"w": stored}, storage_data=places)
+    change(metadata)
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    return read_metadata(folder, {".metadata": 0, "a": 1})
+
+
+def test_parts_cover_each_element_once(tmp_path: Path) -> None:
+    grid = [((row, column), (1, 1)) for row in range(100) for column in range(100)]
+    pinwheel = [((0, 0), (1, 2)), ((0, 2), (2, 1)), ((2, 1), (1, 2)), ((1, 0), (2, 1)), ((1, 1), (1, 1))]
+    empty = [((1, 1), (0, 0)), ((0, 0), (3, 3))]
+    for size, parts in (((100, 100), grid), ((3, 3), pinwheel), ((3, 3), empty), ((), [((), ())])):
+        assert described_as(tmp_path, size, parts).state_dict_metadata["w"].size == size
+    twice = [*pinwheel[:-1], ((0, 0), (1, 1))]  # and the middle in none
+    for size, parts in (((100, 100), grid[:-1] + grid[:1]), ((3, 3), twice), ((4,), [((0,), (3,)), ((2,), (1,))])):
+        with pytest.raises(CheckpointError, match="parts of 'w' overlap"):
+            described_as(tmp_path, size, parts)
+
+
+MALFORMED: dict[str, Callable[[Metadata], Any]] = {
+    "a number for a name": lambda m: m.state_dict_metadata.update({1: m.state_dict_metadata["w"]}),
+    "a list for tensors": lambda m: setattr(m, "state_dict_metadata", [1]),
+    "no place": lambda m: m.storage_data.clear(),
+    "a place of another type": lambda m: m.storage_data.update({"w": 1}),  # type: ignore[dict-item]
+    "an offset of another type": lambda m: m.storage_data.update({MetadataIndex("w"): _StorageInfo("a", 0.0, 1)}),  # type: ignore[arg-type]
+    "a file of another type": lambda m: m.storage_data.update({MetadataIndex("w"): _StorageInfo([], 0, 1)}),  # type: ignore[arg-type]
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_malformed_metadata_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"\.metadata"):
+        described_as(tmp_path, (2,), [((0,), (2,))], MALFORMED[name])
+
+
+def test_no_text_of_a_nested_value_is_made(tmp_path: Path) -> None:
+    bomb: Any = ()
+    for _ in range(60):  # its text has 2^60 brackets, its pickle a few hundred bytes
+        bomb = (bomb, bomb)
+    for change in (
+        lambda m: setattr(m.state_dict_metadata["w"], "size", (bomb,)),
+        lambda m: setattr(m.storage_data[MetadataIndex("w", torch.Size([0]))], "transform_descriptors", bomb),
+        lambda m: setattr(m.storage_data[MetadataIndex("w", torch.Size([0]))], "offset", [bomb]),
+    ):
+        with pytest.raises(CheckpointError) as refused:
+            described_as(tmp_path, (2,), [((0,), (2,))], change)
+        assert len(str(refused.value)) < 1000 + len(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["MetadataIndex", "Metadata", "StorageMeta", "_MEM_FORMAT_ENCODING"])
+def test_a_pickle_changes_no_class(name: str, tmp_path: Path) -> None:
+    state = b"N}X\x08\x00\x00\x00__hash__NsX\x08\x00\x00\x00__init__Ns\x86b."  # BUILD with (None, {...})
+    order = b"\x80\x02ctorch.distributed.checkpoint.metadata\n" + name.encode() + b"\n" + state
+    (tmp_path / ".metadata").write_bytes(order)
+    with pytest.raises(CheckpointError, match="sets '__hash__' of a class"):
+        read_metadata(tmp_path, {".metadata": len(order)})
+    described_as(tmp_path, (2,), [((0,), (2,))])

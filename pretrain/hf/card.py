@@ -145,7 +145,9 @@ def write(folder: Path, checkpoint: Checkpoint, target: str, verdict: str | None
             facts |= _measured(checkpoint)
         for path, digest in ((run_state.get("data") or {}).get("fingerprints") or {}).items():
             facts[f"Data `{Path(path).name}`"] = f"fingerprint `{digest}`"
-    facts["Checkpoint written by"] = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
+    facts["Checkpoint written by"] = ", ".join(
+        f"{name} {version}" for name, version in manifest.get("versions", {}).items()
+    )
     if verdict is not None:
         facts["Verified"] = verdict
     table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
@@ -214,8 +216,10 @@ def _type_of_tensors(checkpoint: Checkpoint, target: str) -> str:
         return target
     if target == "bfloat16":
         return f"{target}, rounded from {own}"
-    masters = "the masters of the" if checkpoint.has_masters() else "cast from"
-    return f"{target}, {masters} {own} weights"
+    if not checkpoint.has_masters():
+        return f"{target}, cast from {own} weights"
+    frozen = ", ".join(checkpoint.config.train.freeze)
+    return f"{target}, the masters of the {own} weights" + (f"; what was frozen ({frozen}) cast" if frozen else "")
 
 
 def folder_title(checkpoint: Checkpoint) -> str:

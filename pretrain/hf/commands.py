@@ -33,6 +33,7 @@ def export_command(
     if verify:
         from perilune.pretrain.hf import verify as checks  # with torch, which the export itself does not import
 
+        checks.check_installed()
         verified_by = checks.verify
     try:
         export(source, out, dtype=dtype, names=names, max_shard_bytes=size, average=ema, verified_by=verified_by)

@@ -6,6 +6,7 @@ Kimi-VL's does, transformers' own classes read one set of keys and the published
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -93,7 +94,7 @@ def without_vision(raw: Mapping[str, Any]) -> tuple[dict[str, Any], Vision, str,
     Raises InputError for a field that is absent or of another type, or for what our tower does not compute.
     """
     names = raw.get("model_type")
-    if names not in ARCHITECTURES:
+    if not isinstance(names, str) or names not in ARCHITECTURES:
         return None
     text, tower = raw.get("text_config"), raw.get("vision_config")
     if not isinstance(text, Mapping) or not isinstance(tower, Mapping):
@@ -107,9 +108,12 @@ def without_vision(raw: Mapping[str, Any]) -> tuple[dict[str, Any], Vision, str,
         raise InputError(f"config.json's vision_config has no {keys[0]} that is a number above 0")
 
     merge = tower.get("merge_kernel_size", [2, 2])
-    if list(merge) != [2, 2]:
+    if merge != [2, 2]:
         raise InputError(f"config.json has merge_kernel_size={merge!r}; 2 x 2 patches are merged here")
     rope = tower.get("rope_parameters") or {}
+    theta = rope.get("rope_theta", Vision.rope_theta) if isinstance(rope, Mapping) else rope
+    if type(theta) not in (int, float) or not 0 < theta < math.inf:
+        raise InputError(f"config.json's vision_config has rope_parameters={rope!r}; rope_theta is a number above 0")
     vision = Vision(
         num_layers=number("num_hidden_layers", "vt_num_hidden_layers"),
         hidden_size=number("hidden_size", "vt_hidden_size"),
@@ -118,7 +122,7 @@ def without_vision(raw: Mapping[str, Any]) -> tuple[dict[str, Any], Vision, str,
         patch_size=number("patch_size"),
         pos_emb_height=number("init_pos_emb_height", "pos_emb_height"),
         pos_emb_width=number("init_pos_emb_width", "pos_emb_width"),
-        rope_theta=float(rope.get("rope_theta", Vision.rope_theta)),
+        rope_theta=float(theta),
     )
     pad = raw.get("media_placeholder_token_id", raw.get("image_token_id"))
     if not isinstance(pad, int):
@@ -126,7 +130,7 @@ def without_vision(raw: Mapping[str, Any]) -> tuple[dict[str, Any], Vision, str,
     media = Media(pad, raw.get("vision_start_token_id"), raw.get("vision_end_token_id"))
     kind = {"model_type": "deepseek_v3"} if text.get("model_type") == "kimi_k2" else {}
     types = {name: raw[name] for name in ("dtype", "torch_dtype") if raw.get(name) is not None}
-    return {**text, "architectures": None, **kind, **types}, vision, str(names), media
+    return {**text, "architectures": None, **kind, **types}, vision, names, media
 
 
 def patch_limit_of(raw: Mapping[str, Any]) -> int:

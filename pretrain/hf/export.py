@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 
-from perilune.pretrain.checkpoint_metadata import MASTER
 from perilune.pretrain.errors import InputError
 from perilune.pretrain.hf import card
 from perilune.pretrain.hf.config import config_to_hf
@@ -53,6 +52,7 @@ def export(
     refuse_existing(out)  # before every file is hashed
     checkpoint = Checkpoint(run_or_checkpoint, hashed=False, names=names, average=average)
     target = DTYPES[dtype] if dtype else checkpoint.dtype()
+    sources = names_in(checkpoint, target)
     tokenizer = card.tokenizer_of(checkpoint)
     config = config_to_hf(checkpoint.config.model, dtype=target, **tokenizer.ids)
     if checkpoint.config.vision.num_layers:
@@ -75,7 +75,7 @@ def export(
         plan = [(b.theirs, b.shape, dtype_of(b, target))
                 for tensor in checkpoint.tensors.values() for b in tensor.blocks]  # fmt: skip
         writer = ShardWriter(folder, plan, max_shard_bytes)
-        with checkpoint.hashed_meanwhile(names_in(checkpoint, target)), closing(writer):
+        with checkpoint.hashed_meanwhile(sources), closing(writer):
             for block, values in stream(checkpoint, target):
                 writer.put(block.theirs, block.to_theirs(values))
             size = writer.finish()
@@ -109,4 +109,4 @@ def names_in(checkpoint: Checkpoint, target: str) -> list[str]:
     if checkpoint.average:
         return [checkpoint.average_of(t.name) for t in checkpoint.tensors.values()]
     masters = target == "float32" and checkpoint.dtype() == "bfloat16" and checkpoint.has_masters()
-    return [MASTER + t.name if masters and not t.fp32 else t.name for t in checkpoint.tensors.values()]
+    return [checkpoint.master_of(t.name) if masters and not t.fp32 else t.name for t in checkpoint.tensors.values()]

@@ -14,6 +14,8 @@ from typing import Any
 
 from perilune.pretrain.errors import InputError, make_folder
 
+_LONGEST = 255 - len("..XXXXXXXX.partial")  # bytes of a name
+
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
@@ -50,7 +52,9 @@ def _full_disk(error: BaseException | None) -> OSError | None:
 
 
 def refuse_existing(out: Path) -> None:
-    """Raises InputError if anything is at `out`."""
+    """Raises InputError if anything is at `out`, or if its name leaves no room for the hidden one's ending."""
+    if (size := len(os.fsencode(out.name))) > _LONGEST:
+        raise InputError(f"--out ends in a name of {size} bytes; at most {_LONGEST} are allowed: name a shorter one")
     if out.exists() or out.is_symlink():
         raise InputError(f"{out} is there already and is never written over: name another --out, or move it away")
 

@@ -102,9 +102,24 @@ class Checkpoint:
         """
         return AVERAGE + name if AVERAGE + name in self._stored else name
 
+    def master_of(self, name: str) -> str:
+        """Under what name the fp32 master of a bf16 weight is stored; what was frozen has none and is its own."""
+        return MASTER + name if MASTER + name in self._stored else name
+
     def has_masters(self) -> bool:
-        """Whether every bf16 weight has its fp32 master in the optimizer's state."""
-        return all(t.fp32 or MASTER + t.name in self._stored for t in self.tensors.values())
+        """Whether its bf16 weights have fp32 masters; imported weights and those saved without optimizer have none.
+
+        Raises InputError if some that were trained have, and others not.
+        """
+        bf16 = [name for name, tensor in self.tensors.items() if not tensor.fp32]
+        lacks = [name for name in bf16 if self.master_of(name) == name]
+        trained = [name for name in lacks if part_of(name) not in self.config.train.freeze]
+        if trained and len(lacks) < len(bf16):
+            raise InputError(
+                f"--dtype fp32: {self.path} holds masters of {len(bf16) - len(lacks)} weights and none of "
+                f"{len(trained)} that were trained, {trained[0]} among them; export it with --dtype bf16, or another"
+            )
+        return len(lacks) < len(bf16)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """`start` to `stop` (None: the end) along dim 0 of the global tensor `name`, in the type in which it is stored.

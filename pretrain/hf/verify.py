@@ -1,7 +1,8 @@
 """`perilune export --verify`: our model and transformers', both from the tensors that were written, give one answer.
 
-Three checks: every written tensor is the checkpoint's, bit by bit; transformers finds no tensor missing, unexpected or
-misshapen (MTP layers, which it leaves out, accounted for by name); logits agree, those of MTP too, in fp32.
+Three checks: every written tensor is the checkpoint's, bit by bit (NaN that was cast to another type is NaN), and none
+holds NaN, with which nothing could be compared; transformers finds no tensor missing, unexpected or misshapen (MTP
+layers, which it leaves out, accounted for by name); logits agree, in fp32, those of MTP too where it can build them.
 
 T tokens, V vocabulary, D the MTP depth.
 """
@@ -27,6 +28,7 @@ from perilune.pretrain.hf.weights import WeightFolder, as_torch
 from perilune.pretrain.schema import Model
 
 TOLERANCE = 1e-4  # largest |difference| of fp32 logits
+_NAMED = 3
 _LENGTH = 128  # tokens of each text that is compared
 _TEXT = """The point of an orbit around the Moon that lies nearest to it is called the perilune. In 1968 the crew of
 Apollo 8 passed it at a height of 110 kilometres, saw the Earth rise, and came home.
@@ -50,18 +52,26 @@ class Difference:
     mtp: tuple[float, ...] | None  # None: not compared
 
 
+def check_installed() -> None:
+    """Raises InputError where transformers is not: said before an export, which may take hours."""
+    if importlib.util.find_spec("transformers") is None:
+        raise InputError("--verify needs transformers: pip install 'transformers>=5.23,<6'")
+
+
 def verify(
     folder: Path, checkpoint: Checkpoint, target: str, *, workers: Workers | None = None,
     say: Callable[[str], None] = print,
 ) -> str:  # fmt: skip
-    """Check the export in `folder`; returns one line for the card. Raises VerifyError, and InputError where
-    transformers is not installed.
+    """Check the export in `folder`; returns one line for the card. Raises VerifyError.
 
     Our side runs in a process of its own (of `workers`, if given). Both models are held in fp32, one after the other.
     """
-    if importlib.util.find_spec("transformers") is None:
-        raise InputError("--verify needs transformers: pip install 'transformers>=5.23,<6'")
-    same_tensors(folder, checkpoint, target)
+    if hold_nan := same_tensors(folder, checkpoint, target):
+        more = f" and {len(hold_nan) - _NAMED} more" if len(hold_nan) > _NAMED else ""
+        raise VerifyError(
+            f"the checkpoint's own weights hold NaN in {', '.join(hold_nan[:_NAMED])}{more}: its logits cannot be "
+            "compared; export an earlier one"
+        )
     if checkpoint.config.vision.num_layers:
         return _with_images(folder, checkpoint, workers, say)
     rows = texts(folder, checkpoint.config.model)
@@ -136,8 +146,12 @@ def _difference(name: str, ours: torch.Tensor, theirs: torch.Tensor) -> Differen
     return Difference(name, tokens, by_depth[0], tuple(by_depth[1:]) if len(theirs) == len(ours) else None)
 
 
-def same_tensors(folder: Path, checkpoint: Checkpoint, target: str) -> None:
-    """Raises VerifyError unless `folder` holds the checkpoint's values in type `target`, and no other tensor."""
+def same_tensors(folder: Path, checkpoint: Checkpoint, target: str) -> list[str]:
+    """Names of the written tensors that hold NaN.
+
+    Raises VerifyError unless `folder` holds the checkpoint's values in type `target`, and no other tensor.
+    """
+    hold_nan = []
     with WeightFolder(folder) as written:
         left = set(written.entries)
         for block, values in stream(checkpoint, target):
@@ -145,12 +159,26 @@ def same_tensors(folder: Path, checkpoint: Checkpoint, target: str) -> None:
                 raise VerifyError(f"{folder}: {block.theirs} was not written")
             left.discard(block.theirs)
             again = block.to_ours(written.read(block.theirs))
+            stored = as_torch(values)
             # Rounded by torch: what was written was not.
-            mine = as_torch(values).to(getattr(torch, dtype_of(block, target)))
-            if again.dtype != mine.dtype or not torch.equal(_bits(again), _bits(mine)):
+            mine = stored.to(getattr(torch, dtype_of(block, target)))
+            if mine.isnan().any():
+                hold_nan.append(block.theirs)
+            if again.dtype != mine.dtype or not _same(again, mine, cast=stored.dtype != mine.dtype):
                 raise VerifyError(f"{folder}: {block.theirs} is not what {checkpoint.path} holds")
         if left:
             raise VerifyError(f"{folder}: {sorted(left)[:3]} belong to no model")
+    return hold_nan
+
+
+def _same(written: torch.Tensor, mine: torch.Tensor, cast: bool) -> bool:
+    """Bit by bit; of NaN that was cast there are as many bits as there are processors and libraries."""
+    if cast:
+        nan = mine.isnan()
+        if not torch.equal(written.isnan(), nan):
+            return False
+        written, mine = written.masked_fill(nan, 0), mine.masked_fill(nan, 0)
+    return torch.equal(_bits(written), _bits(mine))
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:

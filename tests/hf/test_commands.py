@@ -87,6 +87,15 @@ def test_failed_verification_is_exit_code_1(home: Path, tmp_path: Path, monkeypa
     assert done.exit_code == 1 and "logits differ" in done.output and list(tmp_path.iterdir()) == []
 
 
+def test_verify_without_transformers_is_refused_before_the_export(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr("perilune.pretrain.hf.export.export", lambda *_, **__: pytest.fail("it was written"))
+    done = run("export", home / "ck", "--out", tmp_path / "y", "--verify")
+    assert done.exit_code == 2 and "--verify needs transformers" in done.output
+
+
 def test_one_process_of_torchrun_does_it(home: Path, tmp_path: Path) -> None:
     done = run("export", home / "ck", "--out", tmp_path / "y", RANK="1", WORLD_SIZE="2")
     assert done.exit_code == 0 and list(tmp_path.iterdir()) == []

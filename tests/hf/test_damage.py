@@ -237,6 +237,36 @@ def test_interrupted(tmp_path: Path, good: Path, checkpoint: Path, monkeypatch: 
     assert len(seen) == 21 and not any(seen) and list(tmp_path.iterdir()) == []
 
 
+def test_nobody_waits_for_hashes_of_an_export_that_has_ended(
+    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint_files, "_CHUNK", 16)
+    hashed: list[bool] = []
+    check = checkpoint_files.check_files
+
+    def slow(path: Path, manifest: dict[str, Any], names: Any, stop: Any = None) -> None:
+        if stop is not None:
+            stop.wait(60)
+        check(path, manifest, names, stop)
+        hashed.append(stop is not None)
+
+    monkeypatch.setattr(checkpoint_files, "check_files", slow)
+    for error in (KeyboardInterrupt(), OSError(28, "No space left on device")):
+        monkeypatch.setattr(ShardWriter, "put", lambda *_, error=error: (_ for _ in ()).throw(error))
+        began = time.monotonic()
+        with pytest.raises((KeyboardInterrupt, InputError)):
+            export(checkpoint, tmp_path / "y")
+        assert time.monotonic() - began < 30 and True not in hashed
+
+
+def test_a_name_without_room_for_the_hidden_one_is_refused(tmp_path: Path, good: Path, checkpoint: Path) -> None:
+    for run in (lambda out: import_hf(good, out), lambda out: export(checkpoint, out)):
+        for length in (238, 300):
+            with pytest.raises(InputError, match=f"a name of {length} bytes"):
+                run(tmp_path / ("n" * length))
+    export(checkpoint, tmp_path / ("n" * 237))
+
+
 def test_a_full_disk_is_one_sentence(tmp_path: Path, good: Path, checkpoint: Path) -> None:
     """The limit on the size of a file stands for it; torch's writer answers with an error of its own."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -278,6 +308,12 @@ def _packed(path: Path) -> None:
     (path / "manifest.json").write_text('{"format": "perilune-packed", "format_version": 1}')
 
 
+def _sealed(path: Path, **changes: Any) -> None:
+    body = checkpoint_files.read_manifest(path) | changes
+    body.pop("format")
+    checkpoint_files.write_manifest(path, body)
+
+
 CHECKPOINT: dict[str, tuple[Callable[[Path], None], str]] = {
     "one bit": (lambda p: _flip(p / "__0_0.distcp"), "SHA-256"),
     "one bit of metadata": (lambda p: _flip(p / ".metadata"), "SHA-256"),
@@ -288,6 +324,11 @@ CHECKPOINT: dict[str, tuple[Callable[[Path], None], str]] = {
     "cut": (lambda p: os.truncate(p / "__0_0.distcp", 1000), "has 1000 bytes"),
     "a file less": (lambda p: (p / "__0_0.distcp").unlink(), "is missing"),
     "no manifest": (lambda p: (p / "manifest.json").unlink(), "neither a run"),
+    "a step in words": (lambda p: _sealed(p, step="2"), "step absent or of another type"),
+    "a list of a run's state": (lambda p: _sealed(p, run_state=[]), "run_state absent"),
+    "a list of versions": (lambda p: _sealed(p, versions=[]), "versions absent"),
+    "a list of files": (lambda p: _sealed(p, files=["a"]), "files absent"),
+    "a size in words": (lambda p: _sealed(p, files={"a": {"bytes": "1", "sha256": ""}}), "files.a absent"),
     "a layer more": (lambda p: _config(p, num_layers=3), "it lacks"),
     "a layer less": (lambda p: _config(p, num_layers=1, n_routed_experts=0), "which this model has not"),
     "wider": (lambda p: _config(p, vocab_size=513), "by the configuration [513, 32]"),

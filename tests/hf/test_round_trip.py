@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 import shutil
 from collections.abc import Callable
@@ -15,10 +16,15 @@ import hf_ranks as ranks
 import pytest
 import torch
 from safetensors import safe_open
+from torch.distributed.checkpoint import FileSystemReader
 
 from perilune.parallel.workers import Workers
+from perilune.pretrain import checkpoint_files as files
 from perilune.pretrain import config as configs
 from perilune.pretrain import presets
+from perilune.pretrain.checkpoint_metadata import MASTER
+from perilune.pretrain.errors import InputError
+from perilune.pretrain.hf import verify as checks
 from perilune.pretrain.hf.export import export
 from perilune.pretrain.hf.importing import import_hf
 from perilune.pretrain.hf.verify import VerifyError, transformers_logits, verify
@@ -206,6 +212,30 @@ def test_bf16_run_gives_its_weights_or_its_masters(
         assert float((rounded - loaded).abs().max()) > 1e-4  # else the test could not tell
 
 
+def test_a_master_that_is_absent(tmp_path: Path, trained_bf16: Callable[[], tuple[Config, Path]]) -> None:
+    """Of what was trained it is missed; what was frozen never had one, and costs the others none of theirs."""
+    config, run = trained_bf16()
+    step = shutil.copytree(run / "checkpoints" / "step_00000002", tmp_path / "step")
+    metadata = FileSystemReader(step).read_metadata()
+    for index in [at for at in metadata.storage_data if at.fqn == MASTER + "output_layer.weight"]:
+        del metadata.storage_data[index]
+    del metadata.state_dict_metadata[MASTER + "output_layer.weight"]
+    (step / ".metadata").write_bytes(pickle.dumps(metadata))
+    _forge(step, config)
+    export(step, tmp_path / "bf16")
+    with pytest.raises(InputError, match=r"none of 1 that were trained, output_layer\.weight among them"):
+        export(step, tmp_path / "y", dtype="fp32")
+    _forge(step, replace(config, train=replace(config.train, freeze=("language_model",))))
+    export(step, tmp_path / "y", dtype="fp32")
+    export(run, tmp_path / "whole", dtype="fp32")
+    own = {"lm_head.weight", "model.layers.3.shared_head.head.weight"}
+    whole, bf16 = folders.all_tensors(tmp_path / "whole"), folders.all_tensors(tmp_path / "bf16")
+    for name, tensor in folders.all_tensors(tmp_path / "y").items():
+        assert torch.equal(tensor, bf16[name].float() if name in own else whole[name]), name
+    card = (tmp_path / "y" / "README.md").read_text()
+    assert "the masters of the bfloat16 weights; what was frozen (language_model) cast" in card
+
+
 @pytest.fixture(scope="module")
 def trained_bf16(tmp_path_factory: pytest.TempPathFactory, pool: Workers) -> Callable[[], tuple[Config, Path]]:
     made = trained(tmp_path_factory.mktemp("bf16"), pool, "bf16", ep=2)
@@ -257,6 +287,29 @@ def test_verification_refuses(name: str, tmp_path: Path, pool: Workers, imported
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_checkpoint_that_holds_nan_is_told_so(dtype: str, tmp_path: Path, imported: Path) -> None:
+    step = shutil.copytree(imported, tmp_path / "step")
+    export(step, tmp_path / "good")
+    norm = folders.all_tensors(tmp_path / "good")["model.norm.weight"].numpy()
+    bad = norm.copy()
+    bad.view("uint32")[3:5] = 0x7F800001, 0xFFC12345  # which numpy and torch need not cast to the same bits
+    for file in step.glob("*.distcp"):
+        file.write_bytes(file.read_bytes().replace(norm.tobytes(), bad.tobytes()))
+    _forge(step, configs.load(step / "config.yaml"))
+    with pytest.raises(VerifyError, match=r"own weights hold NaN in model\.norm\.weight: its logits cannot"):
+        export(step, tmp_path / "y", dtype=dtype, verified_by=verify)
+
+
+def test_what_is_compared_bit_by_bit() -> None:
+    zero, nan = torch.zeros(2), torch.tensor([0x7FC00000, 0], dtype=torch.int32).view(torch.float32)
+    other = torch.tensor([0x7FC00001, 0], dtype=torch.int32).view(torch.float32)
+    assert checks._same(nan, other, cast=True) and not checks._same(nan, other, cast=False)
+    for cast in (True, False):
+        assert checks._same(zero, zero, cast) and not checks._same(zero, -zero, cast)
+        assert not checks._same(nan, zero, cast) and not checks._same(zero, nan, cast)
+
+
 @pytest.mark.parametrize("kind", ["missing", "mismatched"])
 def test_transformers_complaints_are_heard(kind: str, tmp_path: Path) -> None:
     x = folders.write(tmp_path / "x", folders.TINY)
@@ -282,18 +335,16 @@ def test_a_model_that_transformers_computes_otherwise_is_refused(tmp_path: Path,
         )
         other = tmp_path / key
         shutil.copytree(imported, other)
-        _forge(other, model)
+        _forge(other, Config(model=model))
         with pytest.raises(ValueError, match=reason):
             export(other, tmp_path / "y")
     assert not (tmp_path / "y").exists()
 
 
-def _forge(checkpoint: Path, model: Model) -> None:
-    """Another model's configuration into a checkpoint, with a manifest that fits."""
-    from perilune.pretrain import checkpoint_files as files
-
+def _forge(checkpoint: Path, config: Config) -> None:
+    """Another configuration into a checkpoint, with a manifest that fits what lies there."""
     body = files.read_manifest(checkpoint)
-    configs.save(Config(model=model), checkpoint / "config.yaml")
-    body["files"] |= files.describe(checkpoint, ["config.yaml"])
+    configs.save(config, checkpoint / "config.yaml")
+    body["files"] = files.describe(checkpoint, body["files"])
     body.pop("format")
     files.write_manifest(checkpoint, body)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import resource
 from collections import defaultdict
@@ -227,6 +228,27 @@ def loads(config: Config, paths: list[Path]) -> list[str]:
     """How each checkpoint is refused (or not) on this rank."""
     with trainer(config) as one:
         return [_refused(lambda path=path: checkpoint.load(path, one.model, one.optimizer)) for path in paths]
+
+
+def unreadable(path: Path, failing: int = 1) -> dict[str, list[str]]:
+    """What each rank raises where the rank `failing` cannot read its share, and where not even the manifest."""
+
+    def broken(*_: Any) -> Any:
+        raise OSError(errno.EIO, "Input/output error")
+
+    found: dict[str, list[str]] = {"kinds": [], "said": []}
+    for name in ("describe", "read_manifest"):
+        kept = getattr(checkpoint_files, name)
+        if dist.get_rank() == failing:
+            setattr(checkpoint_files, name, broken)
+        try:
+            checkpoint.opened(path)
+        except Exception as error:
+            found["kinds"].append(type(error).__name__)
+            found["said"].append(str(error))
+        finally:
+            setattr(checkpoint_files, name, kept)
+    return found
 
 
 def failing_saves(config: Config, folder: Path) -> dict[str, Any]:
