@@ -24,11 +24,8 @@ class _Range:
 
 
 _COUNT, _MAYBE = _Range(1), _Range(0)
-_PART, _DECAY = (
-    _Range(0, 1),
-    _Range(0, 1, below=True),
-)  # with a decay of 1 an average never moves, and AdamW divides by 0
-_SMALL, _SIZE = _Range(0, 1), _Range(0, 1e3)
+_PART, _SMALL, _SIZE = _Range(0, 1), _Range(0, 1), _Range(0, 1e3)
+_DECAY = _Range(0, 1, below=True)  # with 1 an average never moves, and AdamW divides by 0
 
 # Counts whose rule depends on other numbers (experts, groups, the degrees of parallel.*) are in the rules.
 RANGES = {
