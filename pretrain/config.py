@@ -308,8 +308,9 @@ def _adapter(key: str) -> TypeAdapter[Any]:
 
 
 def _wrong_type(key: str, value: Any, shown: str, source: str) -> InputError:
-    hint = keys()[key]
-    message = f"{key}={shown} {source}: expected {_in_words(hint)}"
+    hint, default = keys()[key], dict(_leaf_values(Config()))[key]
+    usual = f", as in {key}={default}" if type(default) in (int, float) else ""
+    message = f"{key}={shown} {source}: expected {_in_words(hint)}{usual}"
     if int in _alternatives(hint) and isinstance(value, float) and value.is_integer():
         message += f"; write {int(value)}"
     return InputError(message)

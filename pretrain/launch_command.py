@@ -55,10 +55,14 @@ def told(error: JobError) -> InputError:
 
 def job_of(given: Asked, *, nodes: tuple[int, int], procs_per_node: int, options: dict[str, Any], **more: Any) -> Job:
     """The job of options that every launcher has, its layout checked. Raises InputError."""
+    from perilune.pretrain import train_command as here
+
     fewest, most = nodes
     world = most * procs_per_node
     worlds: tuple[int, ...] = ()
     if given.config is not None:
+        if not options.get("sweep"):  # whose values may name them
+            here.check_data_named(given.config)
         rules.check(given.config, world)
         counts = [n * procs_per_node for n in range(fewest, most + 1)]
         worlds = tuple(count for count in counts if _fits(given.config, count))
@@ -106,6 +110,8 @@ def launch_local(**options: Any) -> int:
         nproc = options["nproc"] or (here.processes_here(config, gpus) if config else max(1, gpus))
         job = job_of(given, nodes=(1, 1), procs_per_node=nproc, options=options)
         if options["dry_run"]:
+            if config is not None:
+                here.check_data_if_seen(config, remote=False)
             print(job.to_json() if options["as_json"] else local.describe(job))
             return 0
         if config is not None:
@@ -155,6 +161,8 @@ def launch_slurm(**options: Any) -> int:
             _check_sweep(slurm.runs_of(job, placement), job.world)
         file = (options["script"] or Papers(job.run_dir).folder / "job.sh").resolve()
         if options["dry_run"]:
+            if config is not None and not options["image"]:
+                here.check_data_if_seen(config, remote=False)
             print(
                 slurm.record(job, placement, file, []) if options["as_json"] else slurm.describe(job, placement, file)
             )
@@ -173,9 +181,12 @@ def launch_slurm(**options: Any) -> int:
 
 def _check_sweep(runs: list[Job], world: int) -> None:
     """Refuse a value that the run could not start with. Raises InputError."""
+    from perilune.pretrain import train_command as here
+
     for run in runs:
         config = asked(run.arguments).config
         assert config is not None
+        here.check_data_named(config)
         rules.check(config, world)
 
 
@@ -192,6 +203,8 @@ def launch_ray(**options: Any) -> int:
     procs = options["procs_per_node"] or gpus or 1
     job = job_of(given, nodes=options["nodes"], procs_per_node=procs, options=options, gpus_per_node=gpus)
     if options["dry_run"]:
+        if config is not None:
+            here.check_data_if_seen(config, remote=False)
         print(job.to_json() if options["as_json"] else ray_jobs.describe(job, address))
         return 0
     try:

@@ -25,8 +25,9 @@ def check_fits(config: Config, world: int) -> None:
     """Raise InputError for the first number in `config` that does not fit the others or `world` processes."""
     mesh = mesh_of(config, world)
     # One after the other: each may count on what those before it have let pass.
-    on_mesh = [partial(rule, mesh=mesh) for rule in (_layout, _contrastive, _length)]
-    for rule in (_model, ranges.all_problems, _vision, _batch, *on_mesh):
+    of_numbers = (_model, ranges.all_problems, _vision, _batch)
+    of_processes = (partial(_layout, mesh=mesh), partial(_contrastive, mesh=mesh), partial(_length, mesh=mesh))
+    for rule in (*of_numbers, *of_processes):
         for problem in rule(config):
             raise InputError(problem)
 

@@ -45,7 +45,6 @@ def draw(config: Config, dp: int, file: Path) -> list[str]:
     figure.align_ylabels()
     figure.tight_layout()
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(file, dpi=130)
     except (OSError, ValueError) as error:
         raise InputError(f"--plot {file} cannot be written: {error}") from error

@@ -13,7 +13,7 @@ from pathlib import Path
 from perilune.launch import local
 from perilune.launch.job import Job, JobError
 from perilune.parallel import late_compile
-from perilune.pretrain import checkpoint_files, doctor, rules, vital_signs
+from perilune.pretrain import checkpoint_files, doctor, presets, rules, vital_signs
 from perilune.pretrain import config as configs
 from perilune.pretrain.data.storage import is_url
 from perilune.pretrain.errors import InputError
@@ -41,6 +41,8 @@ def train_command(
     """
     if plot is not None and not dry_run:
         raise InputError(f"--plot {plot} draws what is planned: it goes with --dry-run")
+    if plot is not None and not plot.parent.is_dir():
+        raise InputError(f"--plot {plot}: there is no folder {plot.parent}; make it, or name a file in another")
     inside = _world_of_environment() is not None
     agent = None if inside or dry_run else local.prepare()  # it imports what it needs during the checks
     try:
@@ -56,6 +58,7 @@ def train_command(
 
                 print(f"{plot}: {', '.join(draw(config, rules.mesh_of(config, world).dp, plot))}")
             rules.check(config, world)
+            check_data_if_seen(config, remote=False)
             return 0  # the plan may be for another machine
         check_here(config, run_dir, world, gpus, start)
         if inside:
@@ -117,10 +120,12 @@ def describe(config: Config, world: int, run_dir: Path) -> str:
 
     mesh = rules.mesh_of(config, world)
     plan = Timetable(config, mesh.dp)
+    stages = presets.stages(config.preset)
     return "\n".join(
         [
             configs.to_yaml(config),
             f"run: {run_dir}",
+            *([f"stage: {config.stage} of {', '.join(stages)}; stage=NAME plans another"] if stages else []),
             f"length: {plan.total_steps:,} steps, {plan.total_tokens:,} tokens",
             f"layout: {mesh.describe()}, data-parallel {mesh.dp}, copies of each expert {mesh.expert_dp}",
             "",
@@ -163,16 +168,27 @@ def _absolute_path(path: str) -> str:
     return path if is_url(path) else str(Path(path).resolve())
 
 
-def check_data_if_seen(config: Config) -> None:
+def check_data_named(config: Config) -> None:
+    """Raise InputError where no data are named: such a run can start nowhere."""
+    if config.data.path is None and not config.data.blend:
+        raise InputError(
+            "no data are named: set data.path=DIR, a dataset of `perilune pack`, or data.blend for several"
+        )
+
+
+def check_data_if_seen(config: Config, *, remote: bool = True) -> None:
     """As for a run that starts here, if its data are here too; else a word that the nodes must see them.
 
-    Raises InputError for data that are here and cannot be used.
+    Without `remote` no store is asked. Raises InputError for data that are here and cannot be used.
     """
+    if config.data.path is None and not config.data.blend:
+        print("perilune: no data are named; to train, set data.path=DIR or data.blend", file=sys.stderr)
+        return
     paths = [config.data.path, *config.data.blend, config.valid.path if config.valid.every else None]
     away = [path for path in paths if path is not None and not is_url(path) and not Path(path).exists()]
     if away:
         print(f"perilune: {', '.join(away)}: not seen from here; every node must see it there", file=sys.stderr)
-    else:
+    elif remote or not any(path is not None and is_url(path) for path in paths):
         _check_data(config)
 
 

@@ -140,6 +140,22 @@ def test_a_dry_run_says_what_would_be_possible(words: list[str], says: str) -> N
     assert ("length: " in done.stdout) == (words == ["parallel.cuda_graphs=true"])  # what is not built can be planned
 
 
+def test_a_dry_run_names_the_stages_and_data_that_are_not_there(tmp_path: Path) -> None:
+    away = [f"data.path={tmp_path}/away", "valid.every=0"]
+    done = CliRunner().invoke(main, ["train", "demo_vlm", *away, "--dry-run", "--nproc", "2"])
+    assert done.exit_code == 0, done.stderr
+    assert "stage: joint of text, vit, align, joint, cooldown, long; stage=NAME" in done.stdout
+    assert f"{tmp_path}/away: not seen from here" in done.stderr and done.stderr.count("\n") == 1
+    assert "data.path=DIR" in CliRunner().invoke(main, ["train", "tiny", "--dry-run"]).stderr
+
+
+@pytest.mark.parametrize("launcher", [["local"], ["ray"], ["slurm"], ["slurm", "--image", "a.sif"]])
+def test_a_launch_without_data_is_refused(launcher: list[str], tmp_path: Path) -> None:
+    words = ["launch", *launcher, "--dry-run", "--", "train", "tiny", "--run", str(tmp_path / "run")]
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 2 and "no data are named: set data.path=DIR" in done.stderr
+
+
 def test_parity_refuses_a_folder_that_cannot_be_before_it_starts(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     done = CliRunner().invoke(main, ["parity", "--max-procs", "1", "--out", str(tmp_path / "file" / "parity")])

@@ -81,7 +81,7 @@ def test_a_value_on_the_command_line(word: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("word", "says"),
     [
-        ("train.steps=four", ["train.steps=four", "a whole number"]),
+        ("train.steps=four", ["train.steps=four", "a whole number, as in train.steps=0"]),
         ("train.steps=4.0", ["a whole number", "write 4"]),
         ("train.tokens=1e9", ["train.tokens=1e9", "write 1000000000"]),
         ("train.steps=true", ["a whole number"]),

@@ -95,6 +95,9 @@ def test_the_command(perilune: Any, tmp_path: Path) -> None:
     assert "goes with --dry-run" in perilune(*words, "--plot", "s.png").stderr
     bad = perilune(*words, "--dry-run", "--plot", "nowhere.xyz")
     assert bad.returncode == 2 and "cannot be written" in bad.stderr
+    nowhere = perilune(*words, "--dry-run", "--plot", "absent/s.png")
+    assert nowhere.returncode == 2 and "there is no folder absent" in nowhere.stderr
+    assert not (tmp_path / "absent").exists()
 
 
 def test_without_matplotlib_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -102,5 +105,5 @@ def test_without_matplotlib_it_says_what_to_install(monkeypatch: pytest.MonkeyPa
     from perilune.pretrain.errors import InputError
 
     monkeypatch.setattr(schedule_picture.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"pip install 'perilune\[scaling\]'"):
+    with pytest.raises(InputError, match=r"pip install -e '\.\[scaling\]'"):
         draw(presets.get("tiny"), 1, tmp_path / "s.png")

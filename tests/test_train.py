@@ -154,6 +154,8 @@ def test_a_resumed_run_refuses_changed_keys_but_not_its_length(packed: Path, tmp
     run = tmp_path / "run"
     finish(start(packed, run, "train.steps=2"))
     assert "optim.lr (0.003 -> 0.1)" in finish(start(packed, run, "train.steps=2", "optim.lr=0.1"), 2)
+    planned = finish(start(packed, run, "data.seq_len=32", "--dry-run"), 2)
+    assert "packed in rows of 64 tokens, but data.seq_len is 32" in planned
     assert "is at step 2 already: ask for more" in finish(start(packed, run, "train.steps=1"), 2)
     finish(start(packed, run, "train.steps=3"))
     assert [entry["step"] for entry in metrics(run)] == [1, 2, 3]

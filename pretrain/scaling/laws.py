@@ -167,7 +167,11 @@ def read_fit(path: Path) -> Laws:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"{file} cannot be read as the fit.json of `perilune fit`: {error}") from error
+        why = error.strerror if isinstance(error, OSError) else f"it is not JSON ({error})"
+        raise InputError(
+            f"{file} cannot be read as the fit.json of `perilune fit`: {why}; name the fit.json, or the folder, that "
+            "`perilune fit TRIALS.csv --out DIR` wrote"
+        ) from error
     try:
         per = found.get("per", "flops_per_token")
         if per not in ("params", "flops_per_token"):

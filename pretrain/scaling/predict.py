@@ -18,6 +18,8 @@ from perilune.pretrain.timetable import rows_multiple
 
 _OF = {"m_opt": "the best size", "loss": "the loss", "lr_opt": "the learning rate", "batch_opt": "the batch size"}
 _ALIKE = 0.05  # in log compute: ends of the same budget
+DO_NOT_USE = "DO NOT USE THESE NUMBERS"
+_ABSURD = 1e6  # times the largest trial, where a fit's exponents, off by a little, give any answer
 _FAR = 1000.0  # times the largest trial: as far as DeepSeek LLM's laws were tried (arXiv 2401.02954, section 3.2)
 
 
@@ -74,7 +76,7 @@ def _predict(laws: Laws, compute: float) -> Prediction:
     size, sizes, by = laws.best_size(compute)
     tokens = compute / (laws.times * size)
     of_tokens = None if sizes is None else (compute / (laws.times * sizes[1]), compute / (laws.times * sizes[0]))
-    warnings = [*laws.warnings, *_beyond(laws, compute)]
+    warnings = [*_absurd(laws, compute), *laws.warnings, *_beyond(laws, compute)]
     settings = {}
     for name, key, what in (("lr_opt", "lr", "learning rate"), ("batch_opt", "batch", "batch size")):
         law = laws.laws.get(name)
@@ -97,6 +99,17 @@ def _predict(laws: Laws, compute: float) -> Prediction:
         compute, laws.per, Value(size, sizes, by), Value(tokens, of_tokens, by), settings["batch"], settings["lr"],
         tuple(losses), tuple(warnings),
     )  # fmt: skip
+
+
+def _absurd(laws: Laws, compute: float) -> list[str]:
+    """The warning above all others: nothing of a prediction so far beyond its trials is to be used."""
+    if compute <= _ABSURD * laws.most:
+        return []
+    return [
+        f"{DO_NOT_USE}: {compute:.3g} FLOPs are {_times(compute / laws.most)} times the largest trial, "
+        f"{laws.most:.3g}, and nothing is known of laws beyond {_ABSURD:,.0f} times; fit larger trials, or take a "
+        "smaller budget"
+    ]
 
 
 def _beyond(laws: Laws, compute: float) -> list[str]:
@@ -206,7 +219,8 @@ def told_of_corpus(config: Config) -> list[str]:
     except InputError:
         return []
     again = (
-        f"{config.train.tokens:,} tokens are more than the corpus holds: {some(over)}; seen again they teach less than "
-        "the laws say, which are of tokens seen once. Pack more data, or take a smaller budget"
+        f"the run would read {config.train.tokens:,} tokens, more than its data hold ({some(over)}). What is "
+        "read again teaches less than the laws say, which are of tokens read once; pack more data, or take a smaller "
+        "budget"
     )
     return [again] if over else []

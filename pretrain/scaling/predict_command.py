@@ -13,7 +13,7 @@ from perilune.pretrain.errors import InputError
 from perilune.pretrain.plan import hardware
 from perilune.pretrain.plan.counts import parameters
 from perilune.pretrain.scaling.laws import read_fit
-from perilune.pretrain.scaling.predict import Prediction, Value, predict, run_of, told_of_corpus
+from perilune.pretrain.scaling.predict import DO_NOT_USE, Prediction, Value, predict, run_of, told_of_corpus
 from perilune.pretrain.scaling.sizes import size_of
 from perilune.pretrain.scaling.words import short
 from perilune.pretrain.schema import Config
@@ -56,9 +56,13 @@ def predict_command(
         more = {} if config is None else {"config": configs.to_dict(config), "processes": world}
         print(json.dumps(found.to_dict() | more, indent=1, allow_nan=False))
         return 0
+    absurd = [warning for warning in found.warnings if warning.startswith(DO_NOT_USE)]
+    for warning in absurd:  # before any number
+        print(f"warning: {warning}")
     print(_table(found))
     for warning in found.warnings:
-        print(f"warning: {warning}")
+        if warning not in absurd:
+            print(f"warning: {warning}")
     if config is not None:
         print(_told(config, found, out, world))
     return 0

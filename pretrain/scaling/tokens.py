@@ -55,7 +55,7 @@ def short_of(data: Data, rows: Mapping[str, int], tokens: int, passes: float = 1
     length, wanted = data.seq_len, tokens // data.seq_len
     counts = [wanted] if data.path else Blend(data.blend, length).counts(wanted).tolist()
     return [
-        f"{want * length:,} of {path}'s {have * length:,}"
+        f"{want * length:,} from {path}, which holds {have * length:,}"
         for (path, have), want in zip(rows.items(), counts, strict=True)
         if want > passes * have
     ]

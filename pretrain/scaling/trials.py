@@ -248,7 +248,10 @@ def _rows(path: Path) -> Iterable[tuple[str, dict[str, str]]]:
                     raise InputError(f"{name}: more cells than {len(columns)} columns (a comma inside a number?)")
                 yield name, {key: value or "" for key, value in row.items()}
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path} cannot be read as CSV: {error}") from error
+        why = error.strerror if isinstance(error, OSError) else error
+        raise InputError(
+            f"{path} cannot be read as CSV: {why}; name a table of trials, as the trials.csv of `perilune sweep`"
+        ) from error
 
 
 def _trial(name: str, row: dict[str, str]) -> Trial | None:

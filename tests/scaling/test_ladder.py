@@ -93,7 +93,7 @@ def test_a_blend_counts_each_dataset(here: Path) -> None:
     half = BASE.replace(
         "data.path: packed/train", "valid.path: packed/valid, data.blend: {packed/train: 0.5, packed/valid: 0.5}"
     )
-    with pytest.raises(InputError, match=r"of \S+/valid's .*more tokens than the corpus holds"):
+    with pytest.raises(InputError, match=r"from \S+/valid, which holds .*more tokens than the corpus holds"):
         planned(here, half)
     trials = planned(here, half + "passes: 100\n")
     assert json.loads(next(w for w in trials[0].words if w.startswith("data.blend=")).partition("=")[2]) == {
@@ -124,7 +124,7 @@ def test_the_schedule_of_a_blend_keeps_its_parts_in_every_trial(here: Path) -> N
         ("3.0e+9, 6.0e+9", "-1, 6.0e+9", "budgets: -1 is no number above 0"),
         ("3.0e+9, 6.0e+9", "6.0e+9, 6.0e+9", "each once"),
         ("3.0e+9,", "1.0e+8,", r"1e08_a_lr\S+ \(2 steps of 128 tokens\).*needs 20 steps or more"),
-        ("1.2e+10]", "8.0e+10]", r"8e10_a_\S+ \(200,\d+ of \S+/train's 7\d,\d+\).*passes: 2"),
+        ("1.2e+10]", "8.0e+10]", r"8e10_a_\S+ \(200,\d+ from \S+/train, which holds 7\d,\d+\).*passes: 2"),
         ("data.path: packed/train", "data.path: nowhere", "no packed dataset at .*: say valid.path under `set`$"),
         ("packed/train}", "packed/train, valid.every: 0}", "set: valid.every=0: a trial's loss is that of its validat"),
         ("data.path: packed/train", "model.num_layers: 2", "data.path or data.blend must stand under `set`"),

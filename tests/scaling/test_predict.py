@@ -158,6 +158,8 @@ def test_each_law_is_told_to_be_asked_beyond_its_own_budgets(tmp_path: Path) -> 
         "3e+21 FLOPs are 10 times the largest trial's 3e+20",
         "3e+21 FLOPs are 29 times the largest budget in the law of the best size and the batch size, 1.02e+20",
     ]
+    assert predict(laws, 3.1e26).warnings[0].startswith("DO NOT USE THESE NUMBERS: 3.1e+26 FLOPs are 1,033,333 times")
+    assert not any("DO NOT" in warning for warning in predict(laws, 2.9e26).warnings)
     assert " are 100 times the largest trial's" in predict(laws, 2.99999e22).warnings[0]
     (below,) = predict(laws, 5e17).warnings
     assert below.endswith("2 times below the smallest budget in the law of the best size and the batch size, 1e+18")
@@ -212,7 +214,9 @@ def test_a_run_that_reads_its_corpus_twice_is_told(packed: Path, tmp_path: Path)
 
     held = 64 * int(read_manifest(packed)["rows"])
     (warning,) = told(packed, 3 * held)
-    assert f"{3 * held:,} of {packed}'s {held:,}; seen again they teach less" in warning and "Pack more" in warning
+    assert (
+        f"({3 * held:,} from {packed}, which holds {held:,}). What is read again" in warning and "pack more" in warning
+    )
     assert not told(packed, held) and not told(tmp_path / "elsewhere", 3 * held)
     assert not told_of_corpus(configs.resolve("tiny", []))
 
