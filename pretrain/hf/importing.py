@@ -33,7 +33,7 @@ from perilune.pretrain.errors import InputError
 from perilune.pretrain.hf.config import config_from_hf, dtype_of
 from perilune.pretrain.hf.config_vision import Media, without_vision
 from perilune.pretrain.hf.folder import new_folder, read_json, write_text
-from perilune.pretrain.hf.table import Block, Tensor, blocks, tensors
+from perilune.pretrain.hf.table import Block, Tensor, at_least, blocks, tensors
 from perilune.pretrain.hf.weights import FP8_BLOCK, SCALE, Entry, WeightFolder, dequantised, scale_shape
 from perilune.pretrain.schema import Config, Data, Model, Vision
 
@@ -41,6 +41,7 @@ _STALE = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")  
 _TYPES = {"float32": "F32", "bfloat16": "BF16"}
 _FP8 = "F8_E4M3"
 _NAMED = 5  # problems in a message
+_FAR = 1000  # times more tensors than there are: named no more
 
 
 def import_hf(
@@ -59,7 +60,10 @@ def import_hf(
     else:
         vision, names, media = Vision(), "deepseek_v3", None
     found = config_from_hf(raw)
-    config = _config(found, vision, overrides)
+    with WeightFolder(folder) as weights:
+        _refuse_far_more(found, vision, weights)
+        config = _config(found, vision, overrides)
+        _refuse_far_more(config.model, vision, weights)
     if config.vision != vision:
         raise InputError("vision.*: the tower is that of config.json; leave its keys out")
     with WeightFolder(folder) as weights, new_folder(out) as temporary:
@@ -71,6 +75,19 @@ def import_hf(
         files.write_manifest(temporary, _manifest(folder, temporary, media))
     say(f"{len(list(blocks(config.model, vision, names))):,} tensors of {folder}: {out}")
     return out
+
+
+def _refuse_far_more(model: Model, vision: Vision, weights: WeightFolder) -> None:
+    """Raises InputError for a shape of far more tensors than there are, before its table, as large as it says, is made.
+
+    A few that are missing are named later.
+    """
+    need, held = at_least(model, vision), len(weights.entries)
+    if need > _FAR * (held + 1):
+        raise InputError(
+            f"{weights.folder} cannot be imported: by config.json it has {need:,} tensors and more, and it holds "
+            f"{held:,}"
+        )
 
 
 def _config(model: Model, vision: Vision, overrides: Sequence[str]) -> Config:

@@ -14,7 +14,7 @@ from perilune.pretrain.checkpoint_files import CheckpointError
 from perilune.pretrain.checkpoint_metadata import AVERAGE, MASTER, METADATA, Index, read_metadata, stored_shapes
 from perilune.pretrain.checkpoint_tensor import DTYPES, mapped
 from perilune.pretrain.errors import InputError
-from perilune.pretrain.hf.table import FORMATS, Tensor, format_of, tensors
+from perilune.pretrain.hf.table import FORMATS, Tensor, at_least, format_of, tensors
 from perilune.pretrain.rules import part_of
 from perilune.pretrain.schema import Config
 
@@ -53,6 +53,12 @@ class Checkpoint:
             raise InputError(
                 f"--format {self.names}: {self.path} is of a model with vision.num_layers="
                 f"{self.config.vision.num_layers}; its formats are {fits}"
+            )
+        need, held_bytes = at_least(self.config.model, self.config.vision), sum(files.sizes_of(self.manifest).values())
+        if need > held_bytes:  # before the table is made, which is as large as the configuration says
+            raise CheckpointError(
+                f"{self.path} is not of the model in its {files.CONFIG}: that has {need:,} tensors and more, and all "
+                f"of its files together {held_bytes:,} bytes"
             )
         self.tensors: dict[str, Tensor] = tensors(self.config.model, self.config.vision, self.names)
         self._stored = stored_shapes(self._metadata)

@@ -84,6 +84,13 @@ def blocks(m: Model, vision: Vision | None = None, names: str = "kimi_vl") -> It
     yield from _pair(second, "multi_modal_projector.linear_2", (m.hidden_size, merged))
 
 
+def at_least(m: Model, vision: Vision | None = None) -> int:
+    """Blocks that a model of this shape has and more; without making them, of which a hostile shape has any number."""
+    experts = max(0, m.num_layers - m.first_k_dense_replace) + m.num_nextn_predict_layers
+    layers = m.num_layers + m.num_nextn_predict_layers + (vision.num_layers if vision else 0)
+    return layers + 3 * m.n_routed_experts * experts
+
+
 def _decoder(m: Model) -> Iterator[Block]:
     H, V = m.hidden_size, m.vocab_size
     yield Block("model.embed_tokens.weight", (V, H), "embedding.word_embeddings.weight")

@@ -138,6 +138,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "config a list": (lambda f: (f / "config.json").write_text("[]") and None, "holds a list"),
     "a layer more said": (config(num_hidden_layers=3), "is missing"),
+    "far too many layers said": (config(num_hidden_layers=3 * 10**8), "by config.json it has"),
+    "far too many experts said": (config(n_routed_experts=10**9), "by config.json it has"),
+    "a list for a kind": (config(model_type=[]), "model_type"),
     "an expert less said": (config(n_routed_experts=3), "experts.3."),
     "another width said": (config(hidden_size=64), "by config.json [512, 64]"),
     "another type said": (config(dtype="bfloat16"), "is of type F32, by config.json BF16"),
@@ -330,6 +333,8 @@ CHECKPOINT: dict[str, tuple[Callable[[Path], None], str]] = {
     "a list of files": (lambda p: _sealed(p, files=["a"]), "files absent"),
     "a size in words": (lambda p: _sealed(p, files={"a": {"bytes": "1", "sha256": ""}}), "files.a absent"),
     "a layer more": (lambda p: _config(p, num_layers=3), "it lacks"),
+    "far too many layers": (lambda p: _config(p, num_layers=3 * 10**8), "tensors and more, and all of its files"),
+    "far too many experts": (lambda p: _config(p, n_routed_experts=10**9), "tensors and more, and all of its files"),
     "a layer less": (lambda p: _config(p, num_layers=1, n_routed_experts=0), "which this model has not"),
     "wider": (lambda p: _config(p, vocab_size=513), "by the configuration [513, 32]"),
 }  # fmt: skip

@@ -18,7 +18,7 @@ from perilune.parallel.workers import Workers
 from perilune.pretrain.errors import InputError
 from perilune.pretrain.hf import table, verify_images
 from perilune.pretrain.hf.config import config_to_hf
-from perilune.pretrain.hf.config_vision import Media, with_vision
+from perilune.pretrain.hf.config_vision import Media, with_vision, without_vision
 from perilune.pretrain.hf.export import export
 from perilune.pretrain.hf.importing import import_hf
 from perilune.pretrain.hf.source import Checkpoint
@@ -187,3 +187,24 @@ def test_a_tower_that_readers_would_compute_otherwise_is_refused(vision: Vision,
         with_vision(config_to_hf(MODEL), vision, names, MEDIA)
     with pytest.raises(InputError, match="placeholder"):
         with_vision(config_to_hf(MODEL), VISION, names, None)
+
+
+@pytest.mark.parametrize(
+    "tower",
+    [
+        {"merge_kernel_size": 2},
+        {"rope_parameters": [1]},
+        {"rope_parameters": {"rope_theta": "x"}},
+        {"rope_parameters": {"rope_theta": True}},
+    ],
+)
+def test_a_tower_described_by_other_types_is_refused(tower: dict[str, Any]) -> None:
+    sizes = dict.fromkeys(
+        "num_hidden_layers hidden_size num_attention_heads intermediate_size patch_size init_pos_emb_height "
+        "init_pos_emb_width".split(),
+        2,
+    )
+    raw = {"model_type": "kimi_vl", "text_config": {}, "media_placeholder_token_id": 1}
+    assert without_vision({**raw, "vision_config": sizes})
+    with pytest.raises(InputError, match="|".join(tower)):
+        without_vision({**raw, "vision_config": sizes | tower})
