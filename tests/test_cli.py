@@ -163,6 +163,7 @@ def test_a_launch_without_data_is_refused(launcher: list[str], tmp_path: Path) -
         (["eval", "."], "names no validation set: name a packed dataset by --data"),
         (["predict", "config.json", "--compute", "1e9"], "it is not JSON"),
         (["predict", "config.json", "--compute", "1e9"], "name the fit.json"),
+        (["fit", "absent.csv", "--out", "o"], "cannot be read as CSV: No such file or directory; name a table"),
     ],
 )
 def test_cheap_errors_come_before_the_imports(
