@@ -48,8 +48,7 @@ def run(config: Config, run_dir: Path, world: int, *, start: Start = Start(), pr
                          cost=cost_model(config.model, config.vision), agree=over_all_ranks)  # fmt: skip
     vital_signs.beat("loading")
     step, begun = _position(run_dir, net, optim, stream, start)
-    state = begun.state
-    plan = Timetable(config, mesh.dp)
+    state, plan = begun.state, Timetable(config, mesh.dp)
     vital_signs.beat("loading", step, plan.total_steps)  # a run that is at its end takes no step that would tell it
     meter = Meter(config, world, mesh.dp)
 

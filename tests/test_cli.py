@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -154,6 +155,33 @@ def test_a_launch_without_data_is_refused(launcher: list[str], tmp_path: Path) -
     words = ["launch", *launcher, "--dry-run", "--", "train", "tiny", "--run", str(tmp_path / "run")]
     done = CliRunner().invoke(main, words)
     assert done.exit_code == 2 and "no data are named: set data.path=DIR" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["eval", "."], "names no validation set: name a packed dataset by --data"),
+        (["predict", "config.json", "--compute", "1e9"], "it is not JSON"),
+        (["predict", "config.json", "--compute", "1e9"], "name the fit.json"),
+        (["fit", "absent.csv", "--out", "o"], "cannot be read as CSV: No such file or directory; name a table"),
+    ],
+)
+def test_cheap_errors_come_before_the_imports(
+    words: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "perilune.pretrain.evaluate.load", None)  # importing it raises
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 2 and says in done.stderr
+
+
+@pytest.mark.parametrize("asked", [{}, {"PYTHONWARNINGS": "default"}])
+def test_a_quiet_process_warns_of_nothing_unless_asked(asked: dict[str, str]) -> None:
+    code = "from perilune.pretrain.quiet import quiet; import warnings; quiet(); warnings.warn('news')"
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"} | asked
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)
+    assert ("news" in done.stderr) == bool(asked)
 
 
 def test_parity_refuses_a_folder_that_cannot_be_before_it_starts(tmp_path: Path) -> None:

@@ -163,14 +163,15 @@ def test_a_resumed_run_refuses_changed_keys_but_not_its_length(packed: Path, tmp
 
 def test_a_run_goes_on_where_its_data_has_moved_and_says_how_far_it_is(packed: Path, tmp_path: Path) -> None:
     run, moved = tmp_path / "run", tmp_path / "moved"
-    finish(start(packed, run, "train.steps=2", "valid.every=0"))
+    valid = f"valid.path={packed.parent / 'valid'}"
+    finish(start(packed, run, "train.steps=2", valid))
     shutil.copytree(packed, moved)
-    finish(start(moved, run, "train.steps=4", "valid.every=0"))
+    finish(start(moved, run, "train.steps=4", valid))
     assert [entry["step"] for entry in metrics(run)] == [1, 2, 3, 4]
-    other = finish(start(packed.parent / "valid", run, "train.steps=6", "valid.every=0"), 2)
+    other = finish(start(packed.parent / "valid", run, "train.steps=6", valid), 2)
     assert "resume with the same data" in other and str(moved) in other
 
-    finish(start(moved, run, "train.steps=4", "valid.every=0"))  # nothing is left to do
+    finish(start(moved, run, "train.steps=4", valid))  # nothing is left to do
     beats = [json.loads(file.read_text()) for file in (run / "launch" / "beats").iterdir()]
     assert [(beat["step"], beat["of"], beat["phase"]) for beat in beats] == [(4, 4, "done")] * 2
 

@@ -6,7 +6,6 @@ import json
 import math
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -17,12 +16,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from perilune.pretrain.errors import InputError, make_folder
+from perilune.pretrain.quiet import quiet
 
 if TYPE_CHECKING:
     from perilune.pretrain.evaluate.captions import Answer
     from perilune.pretrain.evaluate.load import Loaded
     from perilune.pretrain.evaluate.pairs import Class
 
+_NOTHING = "{} names no validation set: name a packed dataset by --data, or a file by --tasks"
 _LINES = 40  # of a table of sources; the file of results has all
 
 
@@ -47,7 +48,9 @@ def eval_command(
     (None: a new file in RUN/eval where `source` belongs to a run, and the run's TensorBoard), and beside it the answers
     to images. Raises InputError for what cannot be evaluated, and where there is nothing to evaluate on.
     """
-    _quiet()
+    if data is None and tasks is None and (source / "config.json").is_file():  # before the seconds of imports
+        raise InputError(_NOTHING.format(source))
+    quiet()
     from perilune.pretrain.data.manifest import image_rule, read_manifest
     from perilune.pretrain.evaluate import choices, pairs, results
     from perilune.pretrain.evaluate.load import alone, open_model
@@ -64,7 +67,7 @@ def eval_command(
         loaded = open_model(source, tokenizer, average=ema)
         data = data or _own_data(loaded)
         if data is None and not questions:
-            raise InputError(f"{source} names no validation set: name a packed dataset by --data, or a file by --tasks")
+            raise InputError(_NOTHING.format(source))
         out = out or (_new_file(loaded) if loaded.run_dir else None)
         if out is not None:  # before the time that evaluation takes
             make_folder(out.parent)
@@ -131,7 +134,7 @@ def generate_command(
         raise InputError(
             f"--top-p {top_p} without --temperature: the likeliest token is taken; set --temperature above 0"
         )
-    _quiet()
+    quiet()
     from perilune.parallel import mesh as meshes
     from perilune.pretrain.evaluate.generate import generate
     from perilune.pretrain.evaluate.load import alone, open_model
@@ -173,11 +176,6 @@ def generate_command(
     if sys.stderr.isatty():
         print(f"{count} tokens in {seconds:.1f} s", file=sys.stderr)
     return 0
-
-
-def _quiet() -> None:
-    """Before Megatron-core is imported: that Transformer Engine and apex are not here is no news."""
-    warnings.filterwarnings("ignore", module=r"megatron\.")
 
 
 def _own_data(loaded: Loaded) -> Path | None:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import os
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 from perilune.pretrain.hf.shards import parse_size
+from perilune.pretrain.quiet import quiet
 
 _FAILED = 1
 
@@ -56,6 +56,6 @@ def import_command(folder: Path, out: Path, overrides: tuple[str, ...]) -> int:
 
 def _first() -> bool:
     """Whether this process does the work; it no longer belongs to torchrun's group then."""
-    warnings.filterwarnings("ignore", module=r"megatron\.")  # that Transformer Engine and apex are not here
+    quiet()
     os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # a group of our own is joined without torchrun's store
     return os.environ.get("RANK", "0") == "0"

@@ -118,7 +118,7 @@ def test_refusals(packed: Path, other: Path, tmp_path: Path, corpus: str) -> Non
     with pytest.raises(InputError, match=r"24 rows does not divide by 5 data-parallel ranks x .* 1 rows = 5"):
         stream.read(stream.initial_state(), ROWS, 0, 5, 1)
     with pytest.raises(InputError, match="resume with the same data"):
-        stream.check_state(open_one(other).initial_state())
+        stream.found_again(open_one(other).initial_state())
     with pytest.raises(InputError, match=r"rows of 64 tokens, but data\.seq_len is 128"):
         open_stream(schema.Data(path=str(packed), seq_len=128), 1, depth=1)
     with pytest.raises(InputError, match="400 tokens, the model 300"):
