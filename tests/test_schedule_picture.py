@@ -78,7 +78,7 @@ def test_a_blend_has_its_parts_and_images_theirs(tmp_path: Path) -> None:
     assert list(found)[-1] == "part of the tokens"
     images = dict(zip(at, found["part of the tokens"].lines["images"], strict=True))
     assert (images[0], images[at[-1]]) == pytest.approx((0, 0.75 * 16 / 64))
-    file = tmp_path / "plots" / "s.png"
+    file = tmp_path / "s.png"
     assert draw(config, 1, file) == list(found)
     with Image.open(file) as picture:
         assert picture.size[0] > 700 and picture.size[1] > 700
