@@ -48,7 +48,7 @@ def eval_command(
     (None: a new file in RUN/eval where `source` belongs to a run, and the run's TensorBoard), and beside it the answers
     to images. Raises InputError for what cannot be evaluated, and where there is nothing to evaluate on.
     """
-    if data is None and tasks is None and (source / "config.json").is_file():  # before the seconds of imports
+    if data is None and tasks is None and not ema and (source / "config.json").is_file():  # before seconds of imports
         raise InputError(_NOTHING.format(source))
     quiet()
     from perilune.pretrain.data.manifest import image_rule, read_manifest
