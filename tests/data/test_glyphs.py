@@ -225,7 +225,7 @@ def test_the_name(monkeypatch: pytest.MonkeyPatch) -> None:
         find_files(["demo:glyphs:documents=999"])
     demo_glyphs._fonts.cache_clear()
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(InputError, match=r"pip install 'perilune\[glyphs\]'"):
+    with pytest.raises(InputError, match=r"pip install -e '.\[glyphs\]'"):
         find_files([SPEC])
 
 
