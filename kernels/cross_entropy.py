@@ -107,6 +107,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 p.sub_(log_sum_T[rows, None]).exp_().mul_(grad_T[rows, None])
             p.scatter_add_(1, at_T[rows, None], of_label_T[rows, None].to(p.dtype))
             if kept_TV is None:
+                p = p.to(hidden_TH.dtype)
                 dweight.add(p.T, hidden_TH[rows], part)
                 torch.mm(p, wide_VH, out=dhidden_TH[rows])
             elif not exps:

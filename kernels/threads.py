@@ -54,7 +54,7 @@ def share[T](work: Callable[[Iterator[T]], None], items: Sequence[T], threads: i
 
     others: list[Future[None]] = []
     try:
-        with contextlib.suppress(RuntimeError):  # Python is ending and starts no more: this thread draws what is left
+        with contextlib.suppress(RuntimeError):  # no thread can be started (Python is ending): this one does all
             for number in range(1, threads):
                 others.append(_pool().submit(draw, number))
         draw(0)

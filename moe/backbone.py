@@ -119,7 +119,7 @@ def transformer_config(config: BackboneConfig) -> MLATransformerConfig:
         hidden_dropout=0.0,
         attention_dropout=0.0,
         mtp_num_layers=m.num_nextn_predict_layers or None,
-        calculate_per_token_loss=True,  # gradients are divided by the global batch's main-loss tokens
+        calculate_per_token_loss=True,  # not divided by micro-batches: the objective's mean is the global batch's
         perform_initialization=False,  # moe/init.py draws the weights
         use_cpu_initialization=not torch.cuda.is_available(),
         params_dtype=config.dtype,

@@ -45,6 +45,15 @@ def test_a_frozen_head_collects_no_gradient() -> None:
     assert hidden.grad is not None and not weight.main_grad.any()  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_backward_may_be_called_twice_where_nothing_is_kept(dtype: torch.dtype) -> None:
+    hidden = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+    weight = torch.randn(5, 4, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
+    loss = linear_cross_entropy(hidden, weight, torch.tensor([0, 4, 2]), keep=False).sum()
+    first = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(loss, (hidden, weight)), first, rtol=0, atol=0)
+
+
 def test_a_chunk_on_a_gpu_is_large_enough_for_its_matmul() -> None:
     assert cross_entropy._rows(129280, torch.device("cuda")) >= 512
 

@@ -80,6 +80,16 @@ def test_frozen_weights_get_no_gradient() -> None:
     assert w1.grad is None and w2.grad is None and x.grad is not None
 
 
+def test_in_fp64_the_gradient_of_the_probabilities_is_fp64_s() -> None:
+    order = Order.of(torch.ones(4, 1, dtype=torch.bool), 1)
+    x, w1, w2 = (torch.randn(shape, dtype=torch.float64) for shape in ((4, 64), (1, 64, 64), (1, 64, 32)))
+    probs = torch.rand(4, dtype=torch.float64, requires_grad=True)
+    (found,) = torch.autograd.grad(routed_swiglu(x, w1, w2, probs, order).sum(), probs)
+    gate, up = (x @ w1[0].T).chunk(2, dim=-1)
+    expected = ((torch.nn.functional.silu(gate) * up) @ w2[0].T).sum(-1)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
 def test_an_expanded_gradient_is_accepted() -> None:
     x, w1, w2 = torch.randn(4, 16), torch.randn(2, 16, 16, requires_grad=True), torch.randn(2, 16, 8)
     grouped_swiglu(x, w1, w2, torch.tensor([1, 3]), torch.ones(4)).sum().backward()

@@ -4,7 +4,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import pytest
 import torch
@@ -63,6 +63,17 @@ def test_inference_mode_is_that_of_the_caller() -> None:
     expected = blocked_attention(q, k, v, [(0, 300)], [(0, 300)], 0.2)
     with torch.inference_mode():
         assert torch.equal(blocked_attention(q, k, v, [(0, 300)], [(0, 300)], 0.2), expected)
+
+
+def test_an_interruption_while_others_work_leaves_the_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(others: list[object]) -> None:
+        wait(others)  # type: ignore[type-var]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threads, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        threads.share(list, [1, 2, 3], 2)
+    assert torch.get_num_threads() == 2
 
 
 def test_where_no_thread_can_be_started_the_caller_does_all(monkeypatch: pytest.MonkeyPatch) -> None:
