@@ -2,8 +2,8 @@
 
 glibc maps what is large (32 MB and more, whatever it learns) afresh each time and gives it back when it is freed; every
 4 KB of it then cost a page fault again in each step (docs/performance.md). A training process asks for the same memory
-in each of its steps, so it keeps it. It may come to hold some more than its steps ever need at once: 2% after a dozen
-steps of `proxy_100m` (glibc 2.36), and no more after that.
+in each of its steps, so it keeps it. It may come to hold some more than its steps ever need at once: 2% to 4% after a
+dozen steps of `proxy_100m` (glibc 2.36), and no more after that.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import Any
 
 from perilune.parallel import late_compile
+from perilune.parallel.quiet import quiet
 
 
 class WorkerError(RuntimeError):
@@ -120,6 +121,7 @@ def _serve(pipe: Connection, timeout_s: float) -> None:
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    quiet()
     late_compile.import_megatron_core()  # before `recv`, which imports it with the function that it gets
     while True:
         try:

@@ -178,7 +178,7 @@ def test_cheap_errors_come_before_the_imports(
 
 @pytest.mark.parametrize("asked", [{}, {"PYTHONWARNINGS": "default"}])
 def test_a_quiet_process_warns_of_nothing_unless_asked(asked: dict[str, str]) -> None:
-    code = "from perilune.pretrain.quiet import quiet; import warnings; quiet(); warnings.warn('news')"
+    code = "from perilune.parallel.quiet import quiet; import warnings; quiet(); warnings.warn('news')"
     env = {name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"} | asked
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)
     assert ("news" in done.stderr) == bool(asked)

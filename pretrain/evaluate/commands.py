@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from perilune.parallel.quiet import quiet
 from perilune.pretrain.errors import InputError, make_folder
-from perilune.pretrain.quiet import quiet
 
 if TYPE_CHECKING:
     from perilune.pretrain.evaluate.captions import Answer

@@ -11,8 +11,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from perilune.parallel.quiet import quiet
 from perilune.pretrain.hf.shards import parse_size
-from perilune.pretrain.quiet import quiet
 
 _FAILED = 1
 

@@ -7,7 +7,6 @@ T tokens, V vocabulary, D the MTP depth.
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,6 @@ from perilune.pretrain.schema import Config, Model, Precision, Vision
 
 def logits(folder: str, model: Model, rows: list[list[int]]) -> list[torch.Tensor]:
     """Logits [1+D, T, V] of each row (a document of token ids) by our model in fp32, its weights from `folder`."""
-    warnings.filterwarnings("ignore", module=r"megatron\.")  # that Transformer Engine and apex are not here
     from perilune.moe import backbone
     from perilune.parallel import mesh as meshes
     from perilune.pretrain import model as models
@@ -40,7 +38,6 @@ def logits(folder: str, model: Model, rows: list[list[int]]) -> list[torch.Tenso
 
 def answer(folder: str, model: Model, vision: Vision, names: str, asked: Prompt) -> Answer:
     """What our model with a tower makes of a prompt with images, in fp32, its weights from `folder`."""
-    warnings.filterwarnings("ignore", module=r"megatron\.")
     from perilune.moe.backbone import packed_params
     from perilune.parallel import mesh as meshes
     from perilune.pretrain import model as models

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import tempfile
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from perilune.parallel.quiet import quiet
 from perilune.parallel.workers import Workers
 from perilune.pretrain.errors import InputError
 from perilune.pretrain.parity import fixture, layouts
@@ -40,9 +39,7 @@ def parity_command(max_procs: int, out: Path, model: str | None, only: str | Non
         out.mkdir(parents=True, exist_ok=True)  # else half an hour would be lost
     except OSError as error:
         raise InputError(f"--out {out} cannot be made: {error}") from error
-    warnings.filterwarnings("ignore", module=r"megatron\.")  # that Transformer Engine and apex are not here
-    # Workers inherit it; each holds one thread, so more of them than cores take turns.
-    os.environ["PYTHONWARNINGS"] = "ignore"
+    quiet()
     from perilune.pretrain.parity import pages  # only now: Megatron-core warns as it is imported
     from perilune.pretrain.parity.matrix import Matrix
 

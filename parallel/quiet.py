@@ -1,4 +1,4 @@
-"""What `train` keeps from its ranks' logs, for commands that import Megatron-core in their own process."""
+"""What `train` keeps from its ranks' logs, for the other processes that import Megatron-core."""
 
 from __future__ import annotations
 
