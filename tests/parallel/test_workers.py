@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import warnings
 
 import pytest
 import torch
@@ -18,3 +20,13 @@ def test_processes_have_a_gpu_each_or_none(gpus: int, seen: str, monkeypatch: py
     with Workers(2) as pool:
         assert pool.run(1, os.getenv, "CUDA_VISIBLE_DEVICES") == [seen]
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1"
+
+
+def test_they_are_silent_about_a_toolkit_without_a_gpu(capfd: pytest.CaptureFixture[str]) -> None:
+    """What a user of `export --verify` sees is what was found."""
+    with Workers(1) as pool:
+        pool.run(1, logging.warning, "heard")
+        pool.run(1, warnings.warn, "of no interest")
+        pool.run(1, logging.getLogger("torch.utils.cpp_extension").warning, "No CUDA runtime, using CUDA_HOME")
+    told = capfd.readouterr().err
+    assert "heard" in told and "interest" not in told and "CUDA_HOME" not in told
