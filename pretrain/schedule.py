@@ -12,6 +12,7 @@ the batch grows, where the layout then rounds the batch, and by it the count of 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from perilune.pretrain.errors import InputError
 from perilune.pretrain.schema import Optim, Schedule, Train
@@ -24,12 +25,13 @@ def learning_rate(optim: Optim, schedule: Schedule, tokens: int, total_tokens: i
       simply not finished
     - cosine: from the peak at the warm-up's end to `min_lr_ratio` of it at the run's end (arXiv 1608.03983, eq. 5)
     - multistep: the peak, then `factors[i]` of it from `milestones[i]` of the run on (DeepSeek LLM, arXiv 2401.02954,
-      section 2.3)
+      section 2.3); with `moves` the way there from the milestone before: "step" jumps at the milestone, "linear",
+      "cosine" and "sqrt" (fast, then slow: arXiv 2405.18392, section 3) arrive at it, as V3's plateau, cosine and tail
     - wsd: the peak, then linear to `min_lr_ratio` of it over the last `decay_ratio` of the run (warm-up, stable, decay:
       arXiv 2404.06395, section 4; the linear decay: arXiv 2405.18392, section 3)
     - constant: the peak
 
-    Raises InputError if the milestones of a multistep schedule do not pair with its factors in rising order.
+    Raises InputError if a multistep schedule's milestones, factors and moves do not pair, milestones rising.
     """
     if tokens < schedule.warmup_tokens:
         return optim.lr * tokens / schedule.warmup_tokens
@@ -55,25 +57,46 @@ def _progress(tokens: int, start: float, end: float) -> float:
     return max(0.0, (tokens - start) / (end - start))
 
 
+# Of the way from one rate to the next, the part that is behind at the part `p` of the tokens between.
+_MOVES: dict[str, Callable[[float], float]] = {
+    "step": lambda p: 0.0,
+    "linear": lambda p: p,
+    "cosine": lambda p: 0.5 * (1 - math.cos(math.pi * p)),
+    "sqrt": math.sqrt,
+}
+
+
 def milestones_problem(schedule: Schedule) -> str | None:
-    """Why the milestones do not pair with the factors in rising order; None where they do."""
-    if len(schedule.milestones) == len(schedule.factors) and list(schedule.milestones) == sorted(schedule.milestones):
-        return None
-    return (
-        f"schedule.milestones={list(schedule.milestones)} and schedule.factors={list(schedule.factors)}: a multistep "
-        "schedule needs one factor for each milestone, milestones rising; set both, as milestones=[0.8,0.9] "
-        "factors=[0.316,0.1]"
-    )
+    """Why milestones, factors and moves do not pair, milestones rising; None where they do."""
+    moves, number = schedule.moves, len(schedule.milestones)
+    if unknown := [move for move in moves if move not in _MOVES]:
+        return f"schedule.moves={list(moves)}: {unknown[0]!r} is none of {', '.join(_MOVES)}"
+    if len(schedule.factors) != number or list(schedule.milestones) != sorted(schedule.milestones):
+        return (
+            f"schedule.milestones={list(schedule.milestones)} and schedule.factors={list(schedule.factors)}: a "
+            "multistep schedule needs one factor for each milestone, milestones rising; set both, as "
+            "milestones=[0.8,0.9] factors=[0.316,0.1]"
+        )
+    if moves and len(moves) != number:
+        return (
+            f"schedule.moves={list(moves)} and schedule.milestones={list(schedule.milestones)}: a move for each "
+            "milestone, or none at all, which is a step at each; as milestones=[0.8,1] factors=[1,0.1] "
+            "moves=[step,cosine]"
+        )
+    return None
 
 
 def _multistep(schedule: Schedule, tokens: int, total_tokens: int) -> float:
-    """The factor of the last milestone passed."""
+    """The factor of the last milestone passed, and as far as the move to the next one has come."""
     if wrong := milestones_problem(schedule):
         raise InputError(wrong)
-    share = 1.0
-    for milestone, factor in zip(schedule.milestones, schedule.factors, strict=True):
-        if tokens >= milestone * total_tokens:
-            share = factor
+    at, share = float(schedule.warmup_tokens), 1.0
+    moves = schedule.moves or ("step",) * len(schedule.milestones)
+    for milestone, factor, move in zip(schedule.milestones, schedule.factors, moves, strict=True):
+        then = milestone * total_tokens
+        if tokens < then:
+            return share + (factor - share) * _MOVES[move](_progress(tokens, at, then))
+        at, share = max(at, then), factor
     return share
 
 

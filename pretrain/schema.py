@@ -160,6 +160,7 @@ class Schedule:
     decay_ratio: float = 0.2  # wsd: the last part of training that decays
     milestones: tuple[float, ...] = (0.8, 0.9)  # multistep: parts of training (DeepSeek LLM, arXiv 2401.02954)
     factors: tuple[float, ...] = (0.316, 0.1)  # multistep: parts of the peak from each milestone on
+    moves: tuple[str, ...] = ()  # multistep: step, linear, cosine or sqrt to each factor; none: a step at each
     bias_update_speed: float = 1e-3  # gamma of V3 section 2.1.2
     bias_freeze_ratio: float = 0.966  # part of training after which gamma is 0 (V3: 14.3T of 14.8T tokens)
     mtp_weight: float = 0.3  # lambda of V3 section 2.2

@@ -82,6 +82,8 @@ def _numbers(hint: Any) -> set[Any]:
         (["schedule.mtp_switch_ratio=7"], ["mtp_switch_ratio=7.0", "between 0 and 1"]),
         (["schedule.factors=[-1,2]"], ["schedule.factors=[-1.0, 2.0]", "between 0 and"]),
         (["schedule.milestones=[0.9,0.8]"], ["schedule.milestones=[0.9, 0.8]", "rising"]),
+        (["schedule.moves=[step]"], ["schedule.moves=['step']", "a move for each"]),
+        (["schedule.moves=[step,jump]"], ["'jump'", "step, linear, cosine, sqrt"]),
         (["train.batch_ramp_start=99", "train.batch_ramp_tokens=1000"], ["batch_ramp_start=99", "size=8"]),
         (["train.steps=0"], ["train.steps=0", "train.tokens=0", "exactly one"]),
     ],

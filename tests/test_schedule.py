@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -41,6 +43,44 @@ def test_multistep_is_deepseek_llms() -> None:
     assert got == pytest.approx([2.0, 0.632, 0.632, 0.2])
     with pytest.raises(InputError, match="one factor for each milestone"):
         schedule.learning_rate(PEAK, Schedule(lr="multistep", milestones=(0.5,)), 10, 1000)
+
+
+def test_v3s_rates_are_those_published() -> None:
+    """Plateau until 10T tokens, cosine to 2.2e-5 over 4.3T, that for 333B, 7.3e-6 for 167B (arXiv 2412.19437, 4.2)."""
+    config, t = presets.get("deepseek_v3"), 10**12
+    at = [t, 10 * t, 10 * t + 43 * t // 40, 10 * t + 43 * t // 20, 143 * t // 10, 14632 * t // 1000, 14634 * t // 1000]
+    got = [schedule.learning_rate(config.optim, config.schedule, tokens, config.train.tokens) for tokens in at]
+    quarter = 2.2e-5 + (2.2e-4 - 2.2e-5) * (1 + math.sqrt(0.5)) / 2
+    assert got == pytest.approx([2.2e-4, 2.2e-4, quarter, 1.21e-4, 2.2e-5, 2.2e-5, 7.3e-6])
+    assert schedule.learning_rate(config.optim, config.schedule, config.train.tokens, config.train.tokens) == got[-1]
+
+
+@pytest.mark.parametrize(
+    ("other", "moves"),
+    [
+        (Schedule(lr="cosine", warmup_tokens=100), {"milestones": (1.0,), "factors": (0.1,), "moves": ("cosine",)}),
+        (
+            Schedule(lr="wsd", warmup_tokens=100, decay_ratio=0.3),
+            {"milestones": (0.7, 1.0), "factors": (1.0, 0.1), "moves": ("step", "linear")},
+        ),
+        (Schedule(lr="multistep", warmup_tokens=100), {"moves": ("step", "step")}),
+        (Schedule(lr="wsd", warmup_tokens=100, decay_ratio=1), {"milestones": (0.05, 1), "moves": ("sqrt", "linear")}),
+    ],
+)
+def test_moves_say_the_other_shapes(other: Schedule, moves: dict[str, Any]) -> None:
+    """The last: a milestone inside the warm-up is passed when that ends, and its factor is where the next begins."""
+    plan = Schedule(lr="multistep", warmup_tokens=100, **{"factors": (1.0, 0.1), **moves})
+    if moves["moves"] == ("step", "step"):
+        plan = replace(plan, factors=other.factors)
+    for tokens in (*range(0, 1001, 7), 5000):
+        one, two = (schedule.learning_rate(PEAK, s, tokens, 1000) for s in (plan, other))
+        assert one == pytest.approx(two), tokens
+
+
+def test_sqrt_falls_fast_then_slowly() -> None:
+    plan = Schedule(lr="multistep", milestones=(0.5, 1), factors=(1, 0), moves=("step", "sqrt"))
+    got = [schedule.learning_rate(PEAK, plan, t, 800) for t in (400, 500, 625, 800)]
+    assert got == pytest.approx([2.0, 1.0, 0.5, 0.0])
 
 
 def test_wsd_decays_over_its_last_part() -> None:

@@ -19,9 +19,6 @@ def deepseek_v3() -> Config:
     Command: perilune train deepseek_v3 data.path=DIR
 
     Published, and different here:
-    - Learning rate: 2.2e-4 until 10T tokens, cosine to 2.2e-5 over 4.3T, 2.2e-5 for 333B, 7.3e-6 for 167B. Here the
-      decay over the last 4.8T is one straight line to 2.2e-5: the schedule's shapes have no cosine after a plateau and
-      no tail of constant pieces.
     - Warm-up: 2000 steps; here the tokens that those steps consume while the batch grows.
     - Schedule and stages: DualPipe, whose map from layers to stages was not published. Here 1F1B and the layout of
       NVIDIA's Megatron-Bridge recipe: four layers a stage, one layer with MTP and the loss on the last.
@@ -74,10 +71,12 @@ def deepseek_v3() -> Config:
         data=Data(seq_len=_SEQ_LEN, document_mask=False),
         optim=Optim(name="adamw", lr=2.2e-4, beta1=0.9, beta2=0.95, weight_decay=0.1, clip=1.0),
         schedule=Schedule(
-            lr="wsd",
+            # 2.2e-4 until 10T tokens, a cosine to 2.2e-5 over 4.3T, 2.2e-5 for 333B, 7.3e-6 for 167B
+            lr="multistep",
             warmup_tokens=tokens_after(train, _SEQ_LEN, steps=2000),
-            decay_ratio=4.8 / 14.8,
-            min_lr_ratio=0.1,
+            milestones=(10 / 14.8, 14.3 / 14.8, 14.633 / 14.8),
+            factors=(1.0, 0.1, 7.3e-6 / 2.2e-4),
+            moves=("step", "cosine", "step"),
             bias_update_speed=1e-3,
             bias_freeze_ratio=14.3 / 14.8,
             mtp_weight=0.3,
