@@ -41,13 +41,19 @@ def _begin(optimizer: Any) -> None:
             raise TypeError("dynamic loss scaling (fp16) is not built: its scale would be lost")
         one.init_state_fn(one.optimizer, one.config)
         if _counts_by_parameter(one):
-            for moments in one.optimizer.state.values():
-                moments.setdefault("step", torch.tensor(0.0))
+            for parameter, moments in one.optimizer.state.items():
+                moments.setdefault("step", _count(one, parameter, 0))
 
 
 def _counts_by_parameter(one: Any) -> bool:
     """torch's Adam counts steps in each parameter's state, Transformer Engine's in each group."""
     return isinstance(one.optimizer, torch.optim.Adam)  # AdamW is one too
+
+
+def _count(one: Any, parameter: torch.Tensor, step: int) -> torch.Tensor:
+    """Steps as torch's Adam counts them: beside the parameter if it is fused, whose kernel reads the number there."""
+    fused = any(group.get("fused") for group in one.optimizer.param_groups)
+    return torch.tensor(float(step), device=parameter.device if fused else "cpu")
 
 
 def keeps_average(optimizer: Any) -> bool:
@@ -319,8 +325,8 @@ def load_state(optimizer: Any, state: dict[int, Any], step: int) -> None:
                 part.get("optimizer", part)["state"]["common_step"] = torch.tensor(float(step))
             one.load_state_dict(part)
         if _counts_by_parameter(one):
-            for moments in one.optimizer.state.values():
-                moments["step"] = torch.tensor(float(step))
+            for parameter, moments in one.optimizer.state.items():
+                moments["step"] = _count(one, parameter, step)
         else:
             for group in one.optimizer.param_groups:
                 group["step"] = step

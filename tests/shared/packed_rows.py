@@ -70,7 +70,7 @@ def write_dataset(
             "seq_len": seq_len,
             "rows": count,
             "tokens": count * seq_len,
-            "tokenizer": {"fingerprint": "random", "vocab_size": vocab_size},
+            "tokenizer": {"path": "none", "fingerprint": "random", "vocab_size": vocab_size},
             "token_bytes": {"name": TOKEN_BYTES, "sha256": hashlib.sha256(table.getvalue()).hexdigest()},
             "images": images.to_dict() if images else None,
             "shards": writer.shards,

@@ -1,0 +1,88 @@
+"""What tests/test_played_gpu.py runs in processes whose GPU the CPU plays, and in others; functions of `Workers`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import megatron.core.parallel_state
+import torch
+import torch.distributed as dist
+from played_gpu import WrongPlace
+
+from perilune.parallel import mesh as meshes
+from perilune.pretrain.evaluate import likelihood
+from perilune.pretrain.evaluate.generate import generate
+from perilune.pretrain.evaluate.load import open_model
+from perilune.pretrain.run import run
+from perilune.pretrain.schema import Config
+
+
+def training(configs: list[Config], run_dir: Path) -> None:
+    """Runs one after another in one folder, each from the checkpoint of the one before."""
+    for config in configs:
+        run(config, run_dir, 1)
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # a run leaves its own
+
+
+def asked(run_dir: Path, rows: list[list[int]]) -> tuple[list[list[float]], list[list[int]]]:
+    """Log-likelihoods of rows by the model of a run, and the three tokens by which it continues each."""
+    meshes.start(meshes.Mesh(1))
+    net = open_model(run_dir).net
+    likely = [found.tolist() for found in likelihood.log_likelihoods(net, rows)]
+    return likely, [found.tokens for found in generate(net, rows, 3)]
+
+
+def refused() -> dict[str, str]:
+    """What a GPU would say of tensors in different places: '' of what it allows."""
+    here, there = torch.ones(4, 4), torch.ones(4, 4, device="cuda")
+    index, number = torch.arange(2), torch.tensor(2.0)
+    group = dist.new_group(backend="gloo")
+    actions: dict[str, Callable[[], object]] = {
+        "product": lambda: here @ there,
+        "sum": lambda: there + here,
+        "sum into": lambda: torch.zeros(()).add_(there.sum()),
+        "backward": lambda: _Mixing.apply(there.clone().requires_grad_()).sum().backward(),
+        "a kernel's own memory": lambda: _Forgetting.apply(there.clone().requires_grad_()).sum().backward(),
+        "rows by a GPU's numbers": lambda: here[index.cuda()],
+        "select by a CPU's numbers": lambda: there.index_select(0, index),
+        "cat with a number": lambda: torch.stack([there.sum(), number]),
+        "numpy": lambda: there.numpy(),
+        "NCCL": lambda: dist.all_reduce(here),
+        "gloo": lambda: dist.all_reduce(there, group=group),
+        "rows by a CPU's numbers": lambda: there[index],
+        "a number of the CPU's": lambda: there * number,
+        "there and back": lambda: there.cpu() + here + there.to("cpu") + there.to(here),
+        "made there": lambda: there + there.new_zeros(4) + torch.zeros_like(there) + torch.eye(4, device=there.device),
+        "copied": lambda: there.copy_(here),
+        "NCCL on the GPU": lambda: dist.all_reduce(there),
+    }
+    found = {}
+    for name, action in actions.items():
+        try:
+            action()
+            found[name] = ""
+        except WrongPlace as error:
+            found[name] = str(error)
+    found["modules"] = "" if megatron.core.parallel_state.torch is torch else "Megatron-core sees another torch"
+    return found
+
+
+class _Mixing(torch.autograd.Function):
+    """Its backward uses a tensor that was left on the CPU."""
+
+    @staticmethod
+    def forward(ctx: object, x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: object, grad: torch.Tensor) -> torch.Tensor:
+        return grad * torch.full((4, 4), 2.0)
+
+
+class _Forgetting(_Mixing):
+    """Its backward makes memory without saying where."""
+
+    @staticmethod
+    def backward(ctx: object, grad: torch.Tensor) -> torch.Tensor:
+        return torch.mul(grad, 2, out=torch.empty(4, 4))
