@@ -178,7 +178,9 @@ def images_for(chunk: DistributedDataParallel, batch: PackedBatch) -> dict[str, 
         rank = parallel_state.get_context_parallel_rank()
         held = context.cut(batch.rows, batch.seq_len, batch.cu_seqlens, rank, size).index_Q
     tp = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
-    images = vlm.images_of(batch.patches, batch.grids, batch.image_index, tokens, held, tp)
+    side = bare.vision_tower.vision.patch_size  # which a batch without images does not know
+    patches = batch.patches if len(batch.grids) else batch.patches.new_empty(0, 3, side, side)
+    images = vlm.images_of(patches, batch.grids, batch.image_index, tokens, held, tp)
     given: dict[str, Any] = {"images": images.to(meshes.device())}
     if hasattr(bare, "contrastive"):
         given["pairs"] = pairs_of(batch).to(meshes.device())

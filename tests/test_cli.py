@@ -191,6 +191,15 @@ def test_parity_refuses_a_folder_that_cannot_be_before_it_starts(tmp_path: Path)
     assert "cannot be made" in done.stderr
 
 
+@pytest.mark.parametrize(
+    "words, named", [(["--model", "dense"], "--model dense"), (["--model", "vlm", "--only", "tp2"], "--only 'tp2'")]
+)
+def test_parity_without_a_layout_to_compare_says_so(words: list[str], named: str, tmp_path: Path) -> None:
+    done = CliRunner().invoke(main, ["parity", "--max-procs", "1", *words, "--out", str(tmp_path / "parity")])
+    assert done.exit_code == 2 and named in done.stderr and "--max-procs" in done.stderr
+    assert not (tmp_path / "parity").exists()
+
+
 def test_an_input_error_is_one_line_in_a_process_of_its_own(perilune: Any) -> None:
     done = perilune("pack", "--out", "o", "--tokenizer", ".", "--seq-len", "64", "missing.txt")
     assert done.returncode == 2

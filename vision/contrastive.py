@@ -159,9 +159,9 @@ class _Scalars(torch.nn.Module):
 class Temperature(_Scalars):
     """exp(s), the learned inverse temperature of `clip`: s begins at ln(1/0.07) (arXiv 2103.00020, section 2.5).
 
-    What is used of s is clamped to [0, ln 100], on every rank alike, wherever an optimizer keeps its masters. The
-    gradient is that at the clamped value, as where the parameter itself is clamped after each step (openai/CLIP,
-    mlfoundations/open_clip), so that s finds its way back.
+    s is clamped to [0, ln 100], as openai/CLIP and mlfoundations/open_clip clamp it after each step: here before it is
+    used, on every rank alike. The parameter itself, and with it the master, which for one of fp32 is its own memory: as
+    long as a loss pushed against a bound it would run on behind it, and be as long in coming back.
     """
 
     def __init__(self, initial: float = 1 / 0.07, largest: float = 100.0) -> None:
@@ -174,8 +174,9 @@ class Temperature(_Scalars):
 
     def forward(self) -> torch.Tensor:
         """[] in [1, largest]."""
-        clamped = self.log_scale.detach().clamp(0, math.log(self.largest))
-        return (clamped + (self.log_scale - self.log_scale.detach())).exp()[0]
+        with torch.no_grad():
+            self.log_scale.clamp_(0, math.log(self.largest))
+        return self.log_scale.exp()[0]
 
 
 class SigmoidScale(_Scalars):
@@ -209,10 +210,11 @@ def blocks(rows: int, columns: int) -> Iterator[slice]:
 
 
 def _number(value: float) -> torch.nn.Parameter:
-    # A vector: Megatron-core marks these as not to be decayed, but not what has no dims at all. (Its mark acts through
-    # its scheduler alone, which Perilune does not use: all weights decay.)
     parameter = torch.nn.Parameter(torch.tensor([value], dtype=torch.float32))
     parameter.starts_at = value  # type: ignore[attr-defined]  # what `moe.init` would draw is not for it
+    # 0 is no neutral value of a temperature or a bias, and AdamW's decay of lambda holds a weight within about
+    # 1 / lambda: with 0.1, SigLIP's bias could not go beyond the -10 at which it begins (pretrain/optim/optimizer.py).
+    parameter.undecayed = True  # type: ignore[attr-defined]
     return parameter
 
 

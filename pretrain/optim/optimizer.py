@@ -1,6 +1,7 @@
 """A run's optimizer: Megatron-core's distributed one, with AdamW or Muon in it, and an average of the weights beside.
 
-fp32 masters and moments are sharded over data-parallel ranks (`parallel.zero1`), or held whole on each.
+fp32 masters and moments are sharded over data-parallel ranks (`parallel.zero1`), or held whole on each. All weights
+decay but those marked `undecayed`: the contrastive scale and bias (`vision/contrastive.py`).
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig, ParamKey, get_megatron_optimizer, get_standard_config_overrides
+from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 
 from perilune.parallel import mesh as meshes
 from perilune.parallel import precision
@@ -44,9 +46,14 @@ def build(config: Config, model: Model) -> Any:
         overlap_param_gather=config.parallel.overlap_param_gather,
         log_num_zeros_in_grad=False,
     )
-    built = get_megatron_optimizer(options, model.chunks, use_gloo_process_groups=False)
+    # Of what Megatron-core knows of a group, these two are free: a group of its own for what does not decay.
+    apart = get_standard_config_overrides(options)
+    apart[ParamKey(attr="undecayed")] = ParamGroupOverride(start_wd=0.0, end_wd=0.0)
+    built = get_megatron_optimizer(options, model.chunks, config_overrides=apart, use_gloo_process_groups=False)
     for part in moments.optimizers(built):
         _number_as_ordered(part)
+        for group in part.param_groups:
+            group["weight_decay"] = group.get("end_wd", o.weight_decay)
     if o.name == "muon":
         _put_muon_into(built, config, model)
     for part in moments.optimizers(built):

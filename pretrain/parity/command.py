@@ -29,8 +29,13 @@ def parity_command(max_procs: int, out: Path, model: str | None, only: str | Non
     if only is not None:
         words = set(only.split())
         cases = [case for case in cases if words <= set(case.name.split())]
-        if not cases:
-            raise InputError(f"--only {only!r}: no layout of at most {max_procs} processes has all these words")
+    if not cases:
+        asked = [f"--model {model}"] if model is not None else []
+        asked += [f"--only {only!r}"] if only is not None else []
+        raise InputError(
+            f"{' '.join(asked)}: no layout of at most {max_procs} processes is so; raise --max-procs, or see what "
+            "there is with `perilune parity --dry-run`"
+        )
     if dry_run:
         for case in cases:
             print(f"{case.world}  {case.name}")

@@ -164,6 +164,48 @@ def train(loss: Any, steps: int, frozen: tuple[str, ...] = (), compute: Any = "f
     )
 
 
+def decayed(loss: Any, name: Any, zero1: bool, compute: Any) -> dict[str, float]:
+    """What is left of each weight, beside what was, after an update by gradients of nothing: decay alone."""
+    of = config(loss, dp=dist.get_world_size(), zero1=zero1)
+    of = replace(of, optim=replace(of.optim, name=name, weight_decay=0.5), precision=Precision(compute=compute))
+    model = _built(of)
+    adam = optimizer.build(of, model)
+    (net,) = model.bare()
+    before = {name: parameter.detach().clone() for name, parameter in net.named_parameters()}
+    for group in adam.param_groups:
+        group["lr"] = 1.0
+    for chunk in model.chunks:
+        chunk.zero_grad_buffer()
+    adam.prepare_grads()
+    optimizer.update(adam)
+    return {
+        name: float(parameter.detach().double().norm() / before[name].double().norm())
+        for name, parameter in net.named_parameters()
+        if float(before[name].norm())
+    }
+
+
+def pushed(zero1: bool, compute: Any) -> list[float]:
+    """The logarithm of CLIP's scale after each of some updates by one, upwards, with a forward before each."""
+    of = config("clip", dp=dist.get_world_size(), zero1=zero1)
+    of = replace(of, precision=Precision(compute=compute))
+    model = _built(of)
+    adam = optimizer.build(of, model)
+    (net,) = model.bare()
+    for group in adam.param_groups:
+        group["lr"] = 1.0
+    found = []
+    for _ in range(5):
+        net.contrastive.scale()
+        for chunk in model.chunks:
+            chunk.zero_grad_buffer()
+        net.contrastive.scale.log_scale.main_grad.fill_(-1.0)
+        adam.prepare_grads()
+        optimizer.update(adam)
+        found.append(float(net.contrastive.scale.log_scale.detach()))
+    return found
+
+
 def _built(of: Config) -> models.Model:
     mesh = rules.mesh_of(of, dist.get_world_size())
     meshes.start(mesh, timeout_s=60)

@@ -15,7 +15,7 @@ from perilune.pretrain.objective import next_token
 from perilune.pretrain.optim import optimizer
 from perilune.pretrain.parity import fixture
 from perilune.pretrain.schema import Parallel, Recompute
-from perilune.pretrain.step import train_step
+from perilune.pretrain.step import StepResult, train_step
 from perilune.pretrain.timetable import StepPlan
 from perilune.vision.images import normalize
 from perilune.vision.vlm import Images, VisionLanguageModel
@@ -108,6 +108,18 @@ def frozen(parts: tuple[str, ...], parallel: Parallel, recompute: str = "none") 
     net.settle()
     after = moving()
     return {name: float((after[name] - before[name]).abs().max()) for name in before}
+
+
+def without_images(side: int) -> StepResult:
+    """A step on rows without images, of a tower that reads patches of `side` pixels."""
+    base = fixture.config("vlm")
+    config = replace(base, vision=replace(base.vision, patch_size=side))
+    mesh = rules.mesh_of(config, torch.distributed.get_world_size())
+    meshes.start(mesh, timeout_s=60)
+    net = models.build(config, mesh)
+    plan = StepPlan(rows=fixture.ROWS, lr=1e-3, mtp_weight=0.0, bias_speed=0.0)
+    batch = fixture.batches("no-mtp", 4)
+    return train_step(net, optimizer.build(config, net), batch, next_token, plan, clip=1.0)
 
 
 def trained_flops(cases: list[tuple[str, ...]]) -> list[int]:

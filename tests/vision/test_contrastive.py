@@ -302,6 +302,12 @@ def test_the_temperature_is_clamped_and_finds_its_way_back() -> None:
         scale = number(used)
         (slope,) = torch.autograd.grad(clip_formula(images, texts, scale), scale)
         assert float(found) == pytest.approx(float(slope) * used, rel=1e-4)
+    optimizer = torch.optim.SGD([temperature.log_scale], lr=0.1)
+    for push in [-1.0] * 50 + [1.0]:  # up against the bound for long, then down once
+        temperature()
+        temperature.log_scale.grad = torch.tensor([push])
+        optimizer.step()
+    assert float(temperature().detach()) == pytest.approx(100 * math.exp(-0.1), rel=1e-5)
     for wrong in (0.5, 101.0):
         with pytest.raises(ValueError, match=f"initial={wrong} must lie between 1 and largest=100"):
             Temperature(initial=wrong)

@@ -5,6 +5,7 @@ In fp32 unless said otherwise; B pairs, H hidden.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -166,6 +167,25 @@ def test_in_bf16_the_scale_stays_fp32_and_learns(workers: Workers) -> None:
     assert set(found.dtypes.values()) == {torch.float32} and len(found.dtypes) == 2
     assert 9.9 < found.scale < 10.1 and found.scale != 10.0
     assert found.losses[-1][1] < found.losses[0][1]
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_scale_and_the_bias_do_not_decay_and_all_else_does(loss: str, workers: Workers) -> None:
+    """CLIP's section 2.5 leaves gains and biases out; SigLIP's published bias, -16.5, lies beyond a decay of 0.1."""
+    for world, name, zero1, compute in ((1, "adamw", False, "fp32"), (2, "muon", True, "bf16")):
+        left = workers.run(world, pairs_ranks.decayed, loss, name, zero1, compute)[0]
+        scales = {key: part for key, part in left.items() if ".scale." in key}
+        assert scales == dict.fromkeys(scales, 1.0) and len(scales) == (2 if loss == "siglip" else 1)
+        assert all(part == pytest.approx(0.5, rel=1e-3) for key, part in left.items() if key not in scales)
+
+
+def test_the_scale_does_not_run_on_behind_its_bound(workers: Workers) -> None:
+    """On whichever rank ZeRO-1 has it, and where other weights are 16-bit."""
+    for world, zero1, compute in ((1, False, "bf16"), (2, True, "fp32"), (2, True, "bf16")):
+        for rank in workers.run(world, pairs_ranks.pushed, zero1, compute):
+            first = math.log(1 / 0.07)
+            beyond = math.log(100) + 1  # by the last update alone, which the next forward takes back
+            assert rank == pytest.approx([first + 1, first + 2, beyond, beyond, beyond], abs=1e-4)
 
 
 @pytest.mark.parametrize("parts", [("contrastive",), ("language_model", "multi_modal_projector")])

@@ -14,7 +14,7 @@ from transformers.models.kimi_k25.modeling_kimi_k25 import (
     Kimi_K25VisionConfig,
     Kimi_K25VisionModel,
 )
-from vision_ranks import GRIDS, TEXT, VISION, Made, frozen, make, steps
+from vision_ranks import GRIDS, TEXT, VISION, Made, frozen, make, steps, without_images
 
 from perilune.parallel import context
 from perilune.parallel.workers import Workers
@@ -131,6 +131,11 @@ def test_without_an_image_a_blank_one_stands_in_and_gives_no_feature() -> None:
     nothing = images_of(torch.zeros(0, 3, 14, 14), torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0).long(), 64)
     assert nothing.patches.shape == (4, 3, 14, 14) and nothing.grids.tolist() == [[2, 2]]
     assert nothing.features_F.numel() == nothing.places_F.numel() == 0
+
+
+def test_a_batch_without_images_is_computed_whatever_the_size_of_patches(workers: Workers) -> None:
+    (at_14,), (at_16,) = (workers.run(1, without_images, side) for side in (14, 16))
+    assert not at_16.skipped and at_16.loss == pytest.approx(at_14.loss, rel=1e-6)
 
 
 @pytest.mark.parametrize("parts", [("language_model",), ("vision_tower",), ("vision_tower", "language_model")])
