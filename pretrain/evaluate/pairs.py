@@ -19,7 +19,7 @@ from perilune.pretrain.data.reader import PackedDataset
 from perilune.pretrain.errors import InputError
 from perilune.pretrain.evaluate.asked import Class
 from perilune.pretrain.evaluate.captions import AT_ONCE, Caption, picture_of
-from perilune.pretrain.evaluate.likelihood import FORWARD_TOKENS
+from perilune.pretrain.evaluate.likelihood import FORWARD_TOKENS, check_finite
 from perilune.pretrain.evaluate.load import Loaded
 from perilune.pretrain.evaluate.prompts import Picture, shown
 from perilune.vision.image_header import ImageRule
@@ -55,7 +55,7 @@ def features(
 ) -> Features:
     """Of the images and texts of `captions`, at least one; a text has the tokens that it has where it first stands.
 
-    Raises DamageError for an image that is not as it was packed.
+    Raises DamageError for an image that is not as it was packed, InputError for features that are not finite.
     """
     number: dict[str, int] = {}
     tokens: list[list[int]] = []
@@ -74,7 +74,10 @@ def features(
             pictures = []
             progress(done, len(captions))
     text_of_N = torch.tensor([number[caption.text] for caption in captions])
-    return Features(torch.cat(images), text_features(loaded, tokens), text_of_N, tuple(number))
+    found = Features(torch.cat(images), text_features(loaded, tokens), text_of_N, tuple(number))
+    check_finite(found.images_ND, "features of images")
+    check_finite(found.texts_MD, "features of texts")
+    return found
 
 
 @torch.no_grad()
