@@ -114,13 +114,14 @@ def describe(config: Config, world: int, run_dir: Path) -> str:
     """The resolved run as text: config, layout, counts."""
     from perilune.pretrain.plan import vision_counts
     from perilune.pretrain.plan.counts import table
+    from perilune.pretrain.plan.frozen import training_flops
     from perilune.pretrain.plan.ranks import rank_table
     from perilune.pretrain.plan.stages import picture
     from perilune.pretrain.timetable import Timetable
 
     mesh = rules.mesh_of(config, world)
     plan = Timetable(config, mesh.dp)
-    stages = presets.stages(config.preset)
+    stages, cost = presets.stages(config.preset), training_flops(config)
     return "\n".join(
         [
             configs.to_yaml(config),
@@ -130,6 +131,7 @@ def describe(config: Config, world: int, run_dir: Path) -> str:
             f"layout: {mesh.describe()}, data-parallel {mesh.dp}, copies of each expert {mesh.expert_dp}",
             "",
             table(config.model, config.data.seq_len),
+            *([f"{'FLOPs a token, training, parts frozen':<44}{cost.token:>24,.0f}"] if config.train.freeze else []),
             *([vision_counts.table(config)] if config.vision.num_layers else []),
             "",
             rank_table(config, world),

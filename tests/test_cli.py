@@ -161,6 +161,11 @@ def test_a_launch_without_data_is_refused(launcher: list[str], tmp_path: Path) -
     ("words", "says"),
     [
         (["eval", "."], "names no validation set: name a packed dataset by --data"),
+        (["eval", ".", "--tasks", "bad.jsonl"], "bad.jsonl:1: keys ['task']; a line is an object with exactly task"),
+        (["eval", ".", "--tasks", "bad.jsonl", "--classes", "bad.jsonl"], "bad.jsonl:1: keys"),
+        (["eval", ".", "--classes", "bad.jsonl", "--data", "."], 'a line is {"label": "...", "prompts"'),
+        (["eval", "folder"], "folder is neither a run with a complete checkpoint"),
+        (["generate", "folder", "--prompt", "x"], "folder is neither a run with a complete checkpoint"),
         (["predict", "config.json", "--compute", "1e9"], "it is not JSON"),
         (["predict", "config.json", "--compute", "1e9"], "name the fit.json"),
         (["fit", "absent.csv", "--out", "o"], "cannot be read as CSV: No such file or directory; name a table"),
@@ -170,6 +175,8 @@ def test_cheap_errors_come_before_the_imports(
     words: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "config.json").touch()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "bad.jsonl").write_text('{"task": "t"}\n')
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "perilune.pretrain.evaluate.load", None)  # importing it raises
     done = CliRunner().invoke(main, words)

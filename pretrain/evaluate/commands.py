@@ -19,9 +19,10 @@ from perilune.parallel.quiet import quiet
 from perilune.pretrain.errors import InputError, make_folder
 
 if TYPE_CHECKING:
+    from perilune.pretrain.evaluate.asked import Class, Question
     from perilune.pretrain.evaluate.captions import Answer
+    from perilune.pretrain.evaluate.described import Described
     from perilune.pretrain.evaluate.load import Loaded
-    from perilune.pretrain.evaluate.pairs import Class
 
 _NOTHING = "{} names no validation set: name a packed dataset by --data, or a file by --tasks"
 _LINES = 40  # of a table of sources; the file of results has all
@@ -48,26 +49,29 @@ def eval_command(
     (None: a new file in RUN/eval where `source` belongs to a run, and the run's TensorBoard), and beside it the answers
     to images. Raises InputError for what cannot be evaluated, and where there is nothing to evaluate on.
     """
-    if data is None and tasks is None and not ema and (source / "config.json").is_file():  # before seconds of imports
+    if out is not None and out.exists():
+        raise InputError(f"--out {out} is there already and is never written over")
+    if data is None and tasks is None and not ema and (source / "config.json").is_file():
         raise InputError(_NOTHING.format(source))
     quiet()
-    from perilune.pretrain.data.manifest import image_rule, read_manifest
-    from perilune.pretrain.evaluate import choices, pairs, results
-    from perilune.pretrain.evaluate.load import alone, open_model
-
-    questions = choices.read_tasks(tasks) if tasks else []
-    named = pairs.read_classes(classes) if classes else []
+    about, questions, named = _asked(source, tokenizer, ema, tasks, classes)
+    data = data or _own_data(about)
+    if data is None and not questions:
+        raise InputError(_NOTHING.format(source))
+    sees = data is not None and _has_images(data) and about.vision is not None
     no_classes = (
         f"--classes {classes}: {source} has no part that compares images with texts (contrastive.loss), or the dataset "
         "has no images with captions"
     )
-    if out is not None and out.exists():
-        raise InputError(f"--out {out} is there already and is never written over")
+    if named and not sees:
+        raise InputError(no_classes)
+    if sees and captions:
+        about.need_text()
+    from perilune.pretrain.evaluate import choices, pairs, results
+    from perilune.pretrain.evaluate.load import alone, load
+
     with alone():
-        loaded = open_model(source, tokenizer, average=ema)
-        data = data or _own_data(loaded)
-        if data is None and not questions:
-            raise InputError(_NOTHING.format(source))
+        loaded = load(about)
         out = out or (_new_file(loaded) if loaded.run_dir else None)
         if out is not None:  # before the time that evaluation takes
             make_folder(out.parent)
@@ -75,10 +79,9 @@ def eval_command(
         result: dict[str, Any] = {"model": str(loaded.path), "step": loaded.step, "time": _now().isoformat()}
         result |= {"ema": True} if ema else {}
         if data is not None:
-            sees = loaded.vision is not None and image_rule(read_manifest(data)) is not None
-            if named and not (sees and pairs.comparing(loaded)):
+            if named and not pairs.comparing(loaded):
                 raise InputError(no_classes)
-            if sees and (captions or pairs.comparing(loaded)):
+            if sees and pairs.comparing(loaded):
                 loaded.need_text()  # before the time that the rows take
             result["validation"] = _validated(loaded, data, max_rows)
             if sees:
@@ -108,6 +111,28 @@ def eval_command(
     return 0
 
 
+def _asked(
+    source: Path, tokenizer: Path | None, ema: bool, tasks: Path | None, classes: Path | None
+) -> tuple[Described, Sequence[Question], Sequence[Class]]:
+    """The model, and what it is asked: what is wrong with them is told before the seconds of imports that follow."""
+    from perilune.pretrain.evaluate import asked
+    from perilune.pretrain.evaluate.described import describe
+
+    questions = asked.read_tasks(tasks) if tasks else []
+    named = asked.read_classes(classes) if classes else []
+    about = describe(source, tokenizer, average=ema)
+    if questions:
+        asked.encoded(about, questions)
+    return about, questions, named
+
+
+def _has_images(data: Path) -> bool:
+    """Whether they stand in a packed dataset. Raises InputError for what is none."""
+    from perilune.pretrain.data.manifest import image_rule, read_manifest
+
+    return image_rule(read_manifest(data)) is not None
+
+
 def generate_command(
     source: Path,
     prompts: tuple[str, ...],
@@ -135,16 +160,20 @@ def generate_command(
             f"--top-p {top_p} without --temperature: the likeliest token is taken; set --temperature above 0"
         )
     quiet()
-    from perilune.parallel import mesh as meshes
-    from perilune.pretrain.evaluate.generate import generate
-    from perilune.pretrain.evaluate.load import alone, open_model
+    from perilune.pretrain.evaluate.described import describe
     from perilune.pretrain.evaluate.prompts import encode_prompts, read_picture
 
+    # Whatever can be told is told before the seconds of imports that follow.
+    about = describe(source, tokenizer)
+    text = about.need_text()
+    pictures = [read_picture(path, about.need_tower()) for path in images]
+    rows, shown = encode_prompts(about, prompts, max_new_tokens, pictures)
+    from perilune.parallel import mesh as meshes
+    from perilune.pretrain.evaluate.generate import generate
+    from perilune.pretrain.evaluate.load import alone, load
+
     with alone():
-        loaded = open_model(source, tokenizer)
-        text = loaded.need_text()
-        pictures = [read_picture(path, loaded.need_tower()) for path in images]
-        rows, shown = encode_prompts(loaded, prompts, max_new_tokens, pictures)
+        loaded = load(about)
         start = time.monotonic()
         found = generate(
             loaded.net,
@@ -178,10 +207,10 @@ def generate_command(
     return 0
 
 
-def _own_data(loaded: Loaded) -> Path | None:
+def _own_data(about: Described) -> Path | None:
     """The validation set of the model's run; of a checkpoint that was moved, if it is still there."""
-    path = Path(loaded.config.valid.path) if loaded.config and loaded.config.valid.path is not None else None
-    return path if path is not None and (loaded.run_dir is not None or path.is_dir()) else None
+    path = Path(about.config.valid.path) if about.config and about.config.valid.path is not None else None
+    return path if path is not None and (about.run_dir is not None or path.is_dir()) else None
 
 
 def _validated(loaded: Loaded, data: Path, max_rows: int) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 
 from perilune.moe.backbone import Backbone
 from perilune.moe.decode import Decoder
+from perilune.pretrain.evaluate.likelihood import check_finite
 from perilune.vision.vlm import Images, VisionLanguageModel
 
 
@@ -42,7 +43,7 @@ def generate(
     `temperature` 0 takes the likeliest token. Above 0, logits are divided by it and a token is drawn from the fewest
     likeliest ones whose probability reaches `top_p` (arXiv 1904.09751, section 3.1), with a generator of its own for
     each prompt, seeded by `seed` and the prompt's place: the same numbers give the same text. Raises ValueError for
-    numbers outside their ranges.
+    numbers outside their ranges, InputError where the model's logits are not finite.
     """
     if max_new_tokens < 1 or not 0 <= temperature < float("inf") or not 0 < top_p <= 1:
         raise ValueError(
@@ -77,6 +78,7 @@ def _given(net: Backbone, images: Images | None) -> tuple[torch.Tensor, torch.Te
 
 def _pick(logits_BV: torch.Tensor, temperature: float, top_p: float, generators: list[torch.Generator]) -> list[int]:
     """The next token of each sequence."""
+    check_finite(logits_BV, "logits")
     if temperature == 0:
         return logits_BV.argmax(-1).tolist()
     probs_BV = probabilities(logits_BV.cpu(), temperature, top_p)

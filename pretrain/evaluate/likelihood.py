@@ -11,11 +11,22 @@ import torch
 
 from perilune.moe.backbone import Backbone, packed_params
 from perilune.parallel import mesh as meshes
+from perilune.pretrain.errors import InputError
 from perilune.vision import vlm
 
 FORWARD_TOKENS = (
     4096  # of a forward pass, at least one document or row; bounds the logits held, FORWARD_TOKENS x V fp32
 )
+
+
+def check_finite(values: torch.Tensor, what: str) -> None:
+    """Raises InputError where one of `values`, which a model computed, is not finite: no figure of them says anything,
+    and nan compares with nothing, so that a choice among them would be the first."""
+    if not bool(values.isfinite().all()):
+        raise InputError(
+            f"the model's {what} are not finite (nan or infinite): its weights are not, or it overflows. Nothing "
+            "can be said of it; try an earlier checkpoint (RUN/checkpoints/step_...)"
+        )
 
 
 @torch.no_grad()
@@ -56,7 +67,8 @@ def _no_images(patch_size: int) -> vlm.Images:
 def log_likelihoods(net: Backbone, documents: Iterable[Sequence[int]]) -> Iterator[torch.Tensor]:
     """Of each document [n] of token ids: log P(token i | the tokens before it) for i = 1 ... n-1, float64 [n-1].
 
-    Documents, of at least two tokens, are packed end to end and do not see each other.
+    Documents, of at least two tokens, are packed end to end and do not see each other. Raises InputError where the
+    model gives what is not finite.
     """
     waiting: list[Sequence[int]] = []
     size = 0
@@ -83,4 +95,5 @@ def _forward(net: Backbone, documents: list[Sequence[int]]) -> Iterator[torch.Te
         torch.tensor([0, *sizes]).cumsum(0).to(torch.int32),
     )
     for losses in losses_T.double().split(sizes):
+        check_finite(losses[:-1], "likelihoods")
         yield -losses[:-1]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,68 +17,22 @@ import torch.distributed as dist
 from perilune.moe import backbone
 from perilune.parallel import mesh as meshes
 from perilune.pretrain import model as models
-from perilune.pretrain.data.tokenizer import Tokenizer, load_tokenizer
-from perilune.pretrain.errors import InputError
-from perilune.pretrain.hf import card
+from perilune.pretrain.evaluate.described import Described, describe
 from perilune.pretrain.hf.config import config_from_hf
-from perilune.pretrain.hf.config_vision import Media, patch_limit_of, without_vision
+from perilune.pretrain.hf.config_vision import without_vision
 from perilune.pretrain.hf.folder import read_json
 from perilune.pretrain.hf.importing import Reader
-from perilune.pretrain.hf.source import Checkpoint, checkpoint_of, neither
+from perilune.pretrain.hf.source import Checkpoint
 from perilune.pretrain.hf.table import Tensor
 from perilune.pretrain.hf.weights import WeightFolder, as_torch
 from perilune.pretrain.schema import Config, Contrastive, Model, Precision, Vision
-from perilune.vision.image_header import ImageRule
 
 
-@dataclass(frozen=True)
-class Text:
-    """How the model reads and ends text."""
-
-    tokenizer: Tokenizer
-    prefix: tuple[int, ...]  # what stands before every text: a BOS where the tokenizer's configuration asks for one
-    eos_ids: frozenset[int]
-
-
-@dataclass(frozen=True)
-class Loaded:
+@dataclass(frozen=True, kw_only=True)
+class Loaded(Described):
     """A model in eval mode on this process's device, and what is known of it."""
 
     net: backbone.Backbone
-    model: Model  # without MTP
-    path: Path  # of the checkpoint or folder
-    step: int | None  # None: a Hugging Face folder
-    run_dir: Path | None  # of a checkpoint in a run
-    config: Config | None  # of a checkpoint
-    text: Text | None
-    no_text: str = ""  # why `text` is None
-    vision: Vision | None = None  # None: a language model alone
-    patch_limit: int = ImageRule.patch_limit  # above which images are scaled down
-
-    def need_text(self) -> Text:
-        """Raises InputError where there is no tokenizer."""
-        if self.text is None:
-            raise InputError(f"{self.path} comes without a tokenizer ({self.no_text}); name its folder by --tokenizer")
-        return self.text
-
-    def ends(self) -> frozenset[int]:
-        """Tokens that end what the model says: those of its text and, where it sees, the one that begins an image.
-
-        Raises InputError where there is no tokenizer.
-        """
-        text = self.need_text()
-        if self.vision is None or text.tokenizer.media_pad_id is None:
-            return text.eos_ids
-        return text.eos_ids | {text.tokenizer.media_ids()[0]}
-
-    def need_tower(self) -> ImageRule:
-        """How images become patches and placeholders. Raises InputError for a model without a tower, and where the
-        tokenizer lacks the tokens of images.
-        """
-        if self.vision is None:
-            raise InputError(f"{self.path} is of a language model alone, without a vision tower: it sees no image")
-        placeholder = self.need_text().tokenizer.media_ids()[3]
-        return ImageRule(placeholder, self.vision.patch_size, self.vision.merge_size, self.patch_limit)
 
 
 @contextmanager
@@ -95,52 +49,39 @@ def alone() -> Iterator[None]:
 
 
 def open_model(path: Path, tokenizer: Path | None = None, *, average: bool = False) -> Loaded:
-    """The model at `path`: a run, a checkpoint or a Hugging Face folder, in the type of its weights (fp32 or bf16).
+    """The model that `describe` finds at `path`, which says what is what, loaded. To be called as `load`."""
+    return load(describe(path, tokenizer, average=average))
 
-    `tokenizer` takes the place of the one that the run's data or the folder names, with `average` that of the weights
-    (`optim.ema_decay`) theirs. To be called within `alone`, or in a process whose groups are those of one. Raises
-    InputError for a path, a config, a tensor or a tokenizer that does not fit, and where there is no average.
+
+def load(about: Described) -> Loaded:
+    """The model, in the type of its weights (fp32 or bf16).
+
+    To be called within `alone`, or in a process whose groups are those of one. Raises InputError for a tensor that does
+    not fit.
     """
-    if (path / "config.json").is_file():
-        if average:
-            raise InputError(f"--ema: {path} is a Hugging Face folder, which holds one set of weights; name the run")
-        return _from_hf(path, tokenizer)
-    if checkpoint_of(path) is None:
-        raise InputError(neither(path, "a Hugging Face folder (config.json)"))
-    checkpoint = Checkpoint(path, average=average)
-    model, vision = replace(checkpoint.config.model, num_nextn_predict_layers=0), checkpoint.config.vision
-    net = _build(model, vision, getattr(torch, checkpoint.dtype()), checkpoint.config.contrastive)
+    known = {one.name: getattr(about, one.name) for one in fields(about)}
+    return Loaded(net=_net_of_hf(about) if about.checkpoint is None else _net_of(about.checkpoint), **known)
+
+
+def _net_of(checkpoint: Checkpoint) -> backbone.Backbone:
+    config = checkpoint.config
+    model = replace(config.model, num_nextn_predict_layers=0)
+    net = _build(model, config.vision, getattr(torch, checkpoint.dtype()), config.contrastive)
 
     def read(target: torch.Tensor, key: str) -> None:
-        known, name = key in checkpoint.tensors, checkpoint.average_of(key) if average else key
+        known, name = key in checkpoint.tensors, checkpoint.average_of(key) if checkpoint.average else key
         target.copy_(as_torch(checkpoint.read(name) if known else checkpoint.read_besides(name, target.shape)))
 
     _fill(net, checkpoint.tensors, read)
-    own = card.tokenizer_of(checkpoint) if tokenizer is None else card.TokenizerFiles()
-    where = tokenizer or (own.files[0].parent if own.files else None)
-    return Loaded(
-        net=net,
-        model=model,
-        path=checkpoint.path,
-        step=checkpoint.manifest["step"],
-        run_dir=checkpoint.run_dir,
-        config=checkpoint.config,
-        text=_text(where, model) if where else None,
-        no_text=own.missing,
-        vision=vision if vision.num_layers else None,
-        patch_limit=card.patch_limit(checkpoint),
-    )
+    return net
 
 
-def _from_hf(path: Path, tokenizer: Path | None) -> Loaded:
-    raw = read_json(path / "config.json")
-    seen = without_vision(raw)
-    decoder, vision, names, media = seen or (raw, Vision(), "deepseek_v3", None)
-    found = config_from_hf(decoder)
-    model = replace(found, num_nextn_predict_layers=0)
-    with WeightFolder(path) as weights:
-        reader = Reader(weights, decoder, found, model, vision, names)
-        net = _build(model, vision, reader.dtype)
+def _net_of_hf(about: Described) -> backbone.Backbone:
+    raw = read_json(about.path / "config.json")
+    decoder, vision, names, _ = without_vision(raw) or (raw, Vision(), "deepseek_v3", None)
+    with WeightFolder(about.path) as weights:
+        reader = Reader(weights, decoder, config_from_hf(decoder), about.model, vision, names)
+        net = _build(about.model, vision, reader.dtype)
 
         def read(target: torch.Tensor, key: str) -> None:
             for offset, shape, parts in reader.table[key].pieces():
@@ -148,54 +89,7 @@ def _from_hf(path: Path, tokenizer: Path | None) -> Loaded:
                 target[place].copy_(reader.piece(reader.table[key], shape, parts))
 
         _fill(net, reader.table, read)
-    where = tokenizer or path
-    here = (where / "tokenizer.json").is_file() or tokenizer is not None
-    text = _text(where, model) if here else None
-    if text is not None and media is not None:
-        _same_placeholder(text.tokenizer, media, path)
-    generation = path / "generation_config.json"
-    ends = read_json(generation).get("eos_token_id") if generation.is_file() else raw.get("eos_token_id")
-    if text is not None and ends is not None:
-        text = replace(text, eos_ids=_ids(ends, path))
-    processor = path / "preprocessor_config.json"
-    return Loaded(
-        net=net,
-        model=model,
-        path=path,
-        step=None,
-        run_dir=None,
-        config=None,
-        text=text,
-        no_text="" if here else "it holds no tokenizer.json",
-        vision=vision if vision.num_layers else None,
-        patch_limit=patch_limit_of(read_json(processor)) if processor.is_file() else ImageRule.patch_limit,
-    )
-
-
-def _same_placeholder(tokenizer: Tokenizer, media: Media, path: Path) -> None:
-    if tokenizer.media_pad_id != media.pad:
-        raise InputError(
-            f"{path}: config.json says that token {media.pad} stands for images, the tokenizer {tokenizer.path} that "
-            f"{tokenizer.media_pad_id} does; name the model's own by --tokenizer"
-        )
-
-
-def _ids(said: object, path: Path) -> frozenset[int]:
-    ids = said if isinstance(said, list) else [said]
-    if not ids or not all(isinstance(one, int) and not isinstance(one, bool) for one in ids):
-        raise InputError(f"{path}: eos_token_id is {said!r}; a token id or a list of them is expected")
-    return frozenset(ids)
-
-
-def _text(path: Path, model: Model) -> Text:
-    config = read_json(path / "tokenizer_config.json")
-    tokenizer = load_tokenizer(path)
-    if tokenizer.vocab_size > model.vocab_size:
-        raise InputError(f"{path}: this tokenizer has {tokenizer.vocab_size} tokens, the model {model.vocab_size}")
-    prefix = list(tokenizer.inner.encode("", add_special_tokens=True).ids)
-    if not prefix and config.get("add_bos_token") and tokenizer.bos_id is not None:
-        prefix = [tokenizer.bos_id]
-    return Text(tokenizer, tuple(prefix), frozenset({tokenizer.eos_id}))
+    return net
 
 
 def _build(

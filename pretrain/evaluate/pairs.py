@@ -8,10 +8,8 @@ N images, M texts, C classes, P prompts, D feature dim.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,8 +17,9 @@ import torch
 from perilune.parallel import mesh as meshes
 from perilune.pretrain.data.reader import PackedDataset
 from perilune.pretrain.errors import InputError
+from perilune.pretrain.evaluate.asked import Class
 from perilune.pretrain.evaluate.captions import AT_ONCE, Caption, picture_of
-from perilune.pretrain.evaluate.likelihood import FORWARD_TOKENS
+from perilune.pretrain.evaluate.likelihood import FORWARD_TOKENS, check_finite
 from perilune.pretrain.evaluate.load import Loaded
 from perilune.pretrain.evaluate.prompts import Picture, shown
 from perilune.vision.image_header import ImageRule
@@ -29,15 +28,6 @@ from perilune.vision.retrieval import class_features, places
 from perilune.vision.vlm import VisionLanguageModel
 
 AT = (1, 5, 10)
-_MAX_LINE_BYTES = 1 << 20
-
-
-@dataclass(frozen=True)
-class Class:
-    """A line of a file of classes: what captions call it, and the texts that it is recognised by."""
-
-    label: str
-    prompts: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -56,38 +46,6 @@ def comparing(loaded: Loaded) -> VisionLanguageModel | None:
     return net if isinstance(net, VisionLanguageModel) and hasattr(net, "contrastive") else None
 
 
-def read_classes(path: Path) -> list[Class]:
-    """The classes of a file of JSON lines. Raises InputError naming file, line and rule where one breaks the form."""
-    classes: dict[str, Class] = {}
-    with path.open("rb") as stream:
-        for number, line in enumerate(iter(lambda: stream.readline(_MAX_LINE_BYTES), b""), start=1):
-            if line.isspace():
-                continue
-            found = _class(line, f"{path}:{number}")
-            if found.label in classes:
-                raise InputError(f"{path}:{number}: label {found.label[:60]!r} is there twice; join its prompts")
-            classes[found.label] = found
-    if len(classes) < 2:
-        raise InputError(f"{path}: {len(classes)} classes; to choose, there must be two or more")
-    return list(classes.values())
-
-
-def _class(line: bytes, place: str) -> Class:
-    rule = 'a line is {"label": "...", "prompts": ["...", ...]}, no text of it empty'
-    try:
-        value = json.loads(line.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{place}: not a line of JSON: {error}; {rule}") from error
-    match value:
-        case {"label": str(label), "prompts": [*prompts], **rest} if not rest and prompts:
-            texts = [label.strip(), *prompts]
-            if all(isinstance(text, str) and text.strip() for text in texts):
-                if any("\ud800" <= character <= "\udfff" for text in texts for character in text):
-                    raise InputError(f"{place}: half a surrogate pair is not Unicode text")
-                return Class(texts[0], tuple(prompts))
-    raise InputError(f"{place}: {line[:60]!r}; {rule}")
-
-
 def features(
     loaded: Loaded,
     dataset: PackedDataset,
@@ -97,7 +55,7 @@ def features(
 ) -> Features:
     """Of the images and texts of `captions`, at least one; a text has the tokens that it has where it first stands.
 
-    Raises DamageError for an image that is not as it was packed.
+    Raises DamageError for an image that is not as it was packed, InputError for features that are not finite.
     """
     number: dict[str, int] = {}
     tokens: list[list[int]] = []
@@ -116,7 +74,10 @@ def features(
             pictures = []
             progress(done, len(captions))
     text_of_N = torch.tensor([number[caption.text] for caption in captions])
-    return Features(torch.cat(images), text_features(loaded, tokens), text_of_N, tuple(number))
+    found = Features(torch.cat(images), text_features(loaded, tokens), text_of_N, tuple(number))
+    check_finite(found.images_ND, "features of images")
+    check_finite(found.texts_MD, "features of texts")
+    return found
 
 
 @torch.no_grad()

@@ -1,20 +1,25 @@
-"""Prompts for `perilune generate`: text to tokens, and images between it as packing writes them."""
+"""Prompts for `perilune generate`: text to tokens, and images between it as packing writes them.
+
+Torch is imported where images are shown alone: a prompt that cannot be is told at once.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from perilune.pretrain.data.encode import image_ids
 from perilune.pretrain.errors import InputError
-from perilune.pretrain.evaluate.load import Loaded
+from perilune.pretrain.evaluate.described import Described
 from perilune.vision import images
 from perilune.vision.image_header import MAX_BYTES, ImageRule
-from perilune.vision.vlm import Images, images_of
+
+if TYPE_CHECKING:
+    from perilune.vision.vlm import Images
 
 PLACE = "<image>"  # where in a prompt an image stands
 
@@ -40,7 +45,7 @@ def read_picture(path: Path, rule: ImageRule) -> Picture:
 
 
 def encode_prompts(
-    loaded: Loaded, prompts: Sequence[str], max_new_tokens: int, pictures: Sequence[Picture] = ()
+    about: Described, prompts: Sequence[str], max_new_tokens: int, pictures: Sequence[Picture] = ()
 ) -> tuple[list[list[int]], Images | None]:
     """Token ids of each prompt, behind the tokenizer's BOS where it wants one, and the images of all of them.
 
@@ -48,7 +53,7 @@ def encode_prompts(
     text. Without pictures PLACE is text. Raises InputError for a prompt that is empty or has not a PLACE for each
     picture, and for one that, continued, is longer than max_position_embeddings.
     """
-    text, limit = loaded.need_text(), loaded.model.max_position_embeddings
+    text, limit = about.need_text(), about.model.max_position_embeddings
     rows: list[list[int]] = []
     index: list[int] = []
     at = 0
@@ -60,7 +65,7 @@ def encode_prompts(
         for number, ids in enumerate(text.tokenizer.encode_batch(parts)):
             row += ids.tolist()
             if number < len(pictures):
-                held = pictures[number].patches.shape[0] // loaded.need_tower().merge_size ** 2
+                held = pictures[number].patches.shape[0] // about.need_tower().merge_size ** 2
                 marked, first = image_ids(text.tokenizer, held)
                 index += range(at + len(row) + first, at + len(row) + first + held)
                 row += marked
@@ -78,6 +83,10 @@ def encode_prompts(
 
 def shown(pictures: Sequence[Picture], index: Sequence[int], tokens: int) -> Images:
     """What the tower is given of `pictures`, whose features stand at `index` of `tokens` tokens."""
+    import torch
+
+    from perilune.vision.vlm import images_of
+
     return images_of(
         torch.from_numpy(np.concatenate([picture.patches for picture in pictures])),
         torch.tensor([picture.grid for picture in pictures]),

@@ -21,7 +21,7 @@ from perilune.pretrain.data.reader import PackedDataset
 from perilune.pretrain.data.shard import Row
 from perilune.pretrain.data.stream import valid_batches
 from perilune.pretrain.errors import InputError
-from perilune.pretrain.evaluate.likelihood import FORWARD_TOKENS, packed_losses
+from perilune.pretrain.evaluate.likelihood import FORWARD_TOKENS, check_finite, packed_losses
 from perilune.pretrain.schema import Vision
 from perilune.vision.vlm import images_of
 
@@ -83,7 +83,7 @@ def validate(
     """Figures of the first `max_rows` rows (0: all) of the order in which training validates.
 
     `vision` is the tower of a model that has one. `progress` is told rows done and rows to do. Raises InputError for a
-    dataset that is damaged or of another tokenizer or vocabulary.
+    dataset that is damaged or of another tokenizer or vocabulary, and where a loss is not finite.
     """
     dataset = PackedDataset(path)
     rows_of = {dataset.sample_id(index): index for index in range(len(dataset))}
@@ -111,6 +111,7 @@ def validate(
             losses_T = packed_losses(net, batch.inputs[0], batch.labels[0], batch.positions, batch.cu_seqlens, images)
             losses_RS = losses_T.double().view(batch.rows, -1).numpy()
             counted_RS = batch.loss_mask[0].view(batch.rows, -1).numpy() > 0
+            check_finite(losses_T[batch.loss_mask[0] > 0], f"losses on {path}")
             labels_RS = batch.labels[0].view(batch.rows, -1).numpy()
             for row, name in enumerate(batch.sample_ids):
                 counted = counted_RS[row]

@@ -13,8 +13,9 @@ from perilune.pretrain.plan.ranks import RankCount
 from perilune.pretrain.schema import Config
 
 
-def count_rank(config: Config, world: int, pp_rank: int) -> RankCount:
-    """Count the weights of a model built on the meta device as the first process of pipeline stage `pp_rank`.
+def count_rank(config: Config, world: int, pp_rank: int, *, trained: bool = False) -> RankCount:
+    """Count the weights of a model built on the meta device as the first process of pipeline stage `pp_rank`: all, or
+    those that are `trained` alone, and the router biases that move.
 
     Uses torch's fake process group: no process group may be up in this process. Collectives of the build do nothing.
     """
@@ -28,8 +29,10 @@ def count_rank(config: Config, world: int, pp_rank: int) -> RankCount:
             parts = models.build_chunks(config, mesh)
     finally:
         meshes.stop()
-    named = [item for part in parts for item in part.named_parameters()]
-    biases = [buffer for part in parts for name, buffer in part.named_buffers() if name.endswith("expert_bias")]
+    frozen = config.train.freeze if trained else ()  # as models.build freezes, by the names
+    named = [item for part in parts for item in part.named_parameters() if rules.part_of(item[0]) not in frozen]
+    buffers = [item for part in parts for item in part.named_buffers() if rules.part_of(item[0]) not in frozen]
+    biases = [buffer for name, buffer in buffers if name.endswith("expert_bias")]
 
     def size(*marks: str) -> int:
         return sum(p.numel() for name, p in named if any(mark in name for mark in marks))

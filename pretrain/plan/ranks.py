@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Literal
@@ -38,21 +39,38 @@ def parameters_per_rank(
     pp_rank: int,
     vision: Vision = NO_VISION,
     contrastive: Contrastive = NO_CONTRASTIVE,
+    frozen: Sequence[str] = (),
 ) -> RankCount:
     """Elements on every rank of pipeline rank `pp_rank`; equal over tp, ep and data-parallel ranks.
 
+    Without the parts that are `frozen` (`train.freeze`), their router biases too: what has gradients and moments.
     Raises InputError where a size does not divide by its degree, or `pp_rank` is not one of `parallel.pp`.
     """
     _check_divides(model, parallel)
     if not 0 <= pp_rank < parallel.pp:
         raise InputError(f"pp_rank={pp_rank} must be at least 0 and less than parallel.pp={parallel.pp}")
     stages = stages_of(model, parallel, vision)[pp_rank :: parallel.pp]
-    chunks = [_stage_count(model, parallel, stage, vision, contrastive) for stage in stages]
+    chunks = [RankCount(0, 0, 0, 0, 0, 0)]
+    for stage in stages:
+        if "language_model" not in frozen:
+            chunks.append(_stage_count(model, parallel, stage))
+        if stage.embedding:
+            chunks.append(_seeing(model, parallel.tp, vision, contrastive, frozen))
     return RankCount(**{name: sum(getattr(c, name) for c in chunks) for name in RankCount.__dataclass_fields__})
 
 
-def _stage_count(model: Model, parallel: Parallel, stage: Stage, vision: Vision, contrastive: Contrastive) -> RankCount:
-    """One chunk: its layers, and what goes with embedding (the tower too), MTP and loss."""
+def _seeing(model: Model, tp: int, vision: Vision, contrastive: Contrastive, frozen: Sequence[str]) -> RankCount:
+    """What goes with the embedding of the first stage: tower, projector, and what images are compared with."""
+    dense = vision_counts.per_rank(vision, model.hidden_size, tp).without(frozen)
+    vectors = vision_counts.vectors_per_rank(vision, model.hidden_size, tp).without(frozen)
+    if "contrastive" not in frozen:
+        dense += vision_counts.contrastive_per_rank(contrastive, vision, model.vocab_size, tp)
+        vectors += vision_counts.contrastive_vectors_per_rank(contrastive, vision, model.vocab_size, tp)
+    return RankCount(dense=dense, experts=0, embedding=0, head=0, router_bias=0, vectors=vectors)
+
+
+def _stage_count(model: Model, parallel: Parallel, stage: Stage) -> RankCount:
+    """One chunk of the language model: its layers, and what goes with embedding, MTP and loss."""
     layers = list(stage.layers) + [model.num_layers + k for k in range(stage.mtp)]
     weights = [w for layer in layers for w in layer_weights(model, layer) if w.part != "router_bias"]
     vocabulary = model.vocab_size * model.hidden_size // parallel.tp
@@ -61,11 +79,6 @@ def _stage_count(model: Model, parallel: Parallel, stage: Stage, vision: Vision,
     head = vocabulary if stage.loss and not has_it_already else 0
     dense = sum(w.numel // (parallel.tp if w.over == "tp" else 1) for w in weights if w.over != "experts")
     vectors = embedding + head + sum(w.numel for w in weights if len(w.shape) == 1)
-    if stage.embedding:
-        dense += vision_counts.per_rank(vision, model.hidden_size, parallel.tp)
-        dense += vision_counts.contrastive_per_rank(contrastive, vision, model.vocab_size, parallel.tp)
-        vectors += vision_counts.vectors_per_rank(vision, model.hidden_size, parallel.tp)
-        vectors += vision_counts.contrastive_vectors_per_rank(contrastive, vision, model.vocab_size, parallel.tp)
     if stage.final_norm:
         dense += model.hidden_size
         vectors += model.hidden_size
@@ -121,6 +134,7 @@ def bytes_per_rank(
     contrastive: Contrastive = NO_CONTRASTIVE,
     optimizer: Literal["adamw", "muon"] = "adamw",
     average: bool = False,
+    frozen: Sequence[str] = (),
 ) -> RankBytes:
     """Weights, FP32 gradients and the state of Megatron-core's distributed optimizer (ZeRO-1), in bytes.
 
@@ -128,11 +142,12 @@ def bytes_per_rank(
     Muon's, with 4 for the FP32 master that bf16 needs and 4 for the `average` of the weights, where there is one. With
     `zero1` the optimizer's part is divided over the data-parallel ranks: for dense weights world / (tp pp),
     context-parallel ranks included, for experts world / (pp ep etp). Beside Muon, AdamW's part is counted as if it were
-    spread evenly.
+    spread evenly. What is `frozen` (`train.freeze`) has its weights alone.
 
     Raises InputError as `parameters_per_rank`, and where `world_size` does not divide by the degrees.
     """
-    count = parameters_per_rank(model, parallel, pp_rank, vision, contrastive)
+    whole = parameters_per_rank(model, parallel, pp_rank, vision, contrastive)
+    count = parameters_per_rank(model, parallel, pp_rank, vision, contrastive, frozen)
     dense_product = parallel.tp * parallel.pp * parallel.cp
     expert_product = parallel.pp * parallel.ep * parallel.etp
     if world_size % dense_product or world_size % expert_product:
@@ -148,7 +163,7 @@ def bytes_per_rank(
     dense_share = world_size // (parallel.tp * parallel.pp) if parallel.zero1 else 1
     expert_share = world_size // expert_product if parallel.zero1 else 1
     return RankBytes(
-        weights=weight * count.total,
+        weights=weight * whole.total,
         gradients=4 * count.total,
         optimizer=dense / dense_share + matrix * count.experts / expert_share,
     )
@@ -163,7 +178,8 @@ def rank_table(config: Config, world_size: int) -> str:
     for count, group in groupby(range(parallel.pp), key=lambda r: parameters_per_rank(model, parallel, r, *seen)):
         ranks = list(group)
         optim = config.optim.name, config.optim.ema_decay > 0
-        held = bytes_per_rank(model, parallel, ranks[0], world_size, compute, *seen, *optim)
+        frozen = config.train.freeze
+        held = bytes_per_rank(model, parallel, ranks[0], world_size, compute, *seen, *optim, frozen)
         name = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}"
         lines.append(
             f"{name:<16}{count.dense:>18,}{count.experts:>18,}"

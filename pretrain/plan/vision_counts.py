@@ -26,6 +26,10 @@ class VisionCount:
     def total(self) -> int:
         return self.tower + self.projector
 
+    def without(self, frozen: Sequence[str]) -> int:
+        """Of what trains, where `frozen` is `train.freeze`."""
+        return self.tower * ("vision_tower" not in frozen) + self.projector * ("multi_modal_projector" not in frozen)
+
 
 def parameters(vision: Vision, text_hidden: int) -> VisionCount:
     """Of MoonViT (arXiv 2504.07491, section 2.1) and of the projector to a decoder of hidden size `text_hidden`.
@@ -54,13 +58,14 @@ def _split(sizes: Vision | Contrastive) -> int:
     return sizes.num_layers * (3 * H * H + 3 * H + H * H + H * F + F + F * H)
 
 
-def per_rank(vision: Vision, text_hidden: int, tp: int) -> int:
-    """Elements of both on a rank of the first pipeline stage: matrices are split over tp, as their outer biases are."""
+def per_rank(vision: Vision, text_hidden: int, tp: int) -> VisionCount:
+    """Elements on a rank of the first pipeline stage: matrices are split over tp, as their outer biases are."""
     if not vision.num_layers:
-        return 0
+        return VisionCount(0, 0)
+    whole, split = parameters(vision, text_hidden), _split(vision)
     merged = vision.merge_size**2 * vision.hidden_size
-    split = _split(vision) + merged * merged + merged + merged * text_hidden
-    return parameters(vision, text_hidden).total - split + split // tp
+    projector = merged * merged + merged + merged * text_hidden
+    return VisionCount(whole.tower - split + split // tp, whole.projector - projector + projector // tp)
 
 
 def _vectors(sizes: Vision | Contrastive, tp: int) -> int:
@@ -69,13 +74,13 @@ def _vectors(sizes: Vision | Contrastive, tp: int) -> int:
     return sizes.num_layers * (2 * 2 * H + 2 * H + (3 * H + F) // tp) + 2 * H
 
 
-def vectors_per_rank(vision: Vision, text_hidden: int, tp: int) -> int:
-    """Elements of tower and projector on such a rank that Muon leaves to AdamW (`optim/matrices.py`)."""
+def vectors_per_rank(vision: Vision, text_hidden: int, tp: int) -> VisionCount:
+    """Of those elements what Muon leaves to AdamW (`optim/matrices.py`)."""
     if not vision.num_layers:
-        return 0
+        return VisionCount(0, 0)
     H, pixels = vision.hidden_size, 3 * vision.patch_size**2
     embedding = pixels * H + H + vision.pos_emb_height * vision.pos_emb_width * H
-    return embedding + _vectors(vision, tp) + 2 * H + vision.merge_size**2 * H // tp + text_hidden
+    return VisionCount(embedding + _vectors(vision, tp), 2 * H + vision.merge_size**2 * H // tp + text_hidden)
 
 
 @dataclass(frozen=True)

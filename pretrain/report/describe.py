@@ -16,7 +16,9 @@ from perilune.pretrain import config as configs
 from perilune.pretrain import presets
 from perilune.pretrain.data.manifest import read_manifest
 from perilune.pretrain.errors import InputError
+from perilune.pretrain.plan import vision_counts
 from perilune.pretrain.plan.counts import flops_per_token, parameters
+from perilune.pretrain.plan.frozen import training_flops
 from perilune.pretrain.report.read import Run
 from perilune.pretrain.schema import Config
 
@@ -244,11 +246,12 @@ def _lengths(manifest: dict[str, Any]) -> Table:
 
 
 def counts(runs: list[Run]) -> Table:
-    """Parameters and FLOPs of the runs' models, by formula (`pretrain/plan/counts.py`)."""
+    """Parameters and FLOPs of the runs' models, by formula (`pretrain/plan/`); of training with what is frozen."""
     columns = []
     for run in runs:
-        model, seq_len = run.config.model, run.config.data.seq_len
-        has, cost = parameters(model), flops_per_token(model, seq_len)
+        model, vision, seq_len = run.config.model, run.config.vision, run.config.data.seq_len
+        has, cost, training = parameters(model), flops_per_token(model, seq_len), training_flops(run.config).token
+        seeing = vision_counts.parameters(vision, model.hidden_size)
         columns.append(
             {
                 "parameters, without MTP": f"{has.total:,}",
@@ -258,11 +261,18 @@ def counts(runs: list[Run]) -> Table:
                 "one dense layer": f"{has.dense_layer:,}",
                 "one expert layer": f"{has.moe_layer:,}",
                 "MTP, besides the shared embedding and head": f"{has.mtp:,}",
+                **(
+                    {"vision tower, besides": f"{seeing.tower:,}", "projector, besides": f"{seeing.projector:,}"}
+                    if vision.num_layers
+                    else {}
+                ),
                 "row length": f"{seq_len:,} tokens",
                 "forward": f"{flop(cost.forward)} a token",
-                "training, forward and backward": f"{flop(cost.training)} a token",
-                "of it attention scores and values": f"{3 * cost.attention_scores / cost.training:.1%}",
-                "so far": flop(cost.training * (_last(run, "tokens")[0] or 0)),
+                "of it attention scores and values": f"{cost.attention_scores / cost.forward:.1%}",
+                "training, forward and backward": f"{flop(training)} a token",
+                f"so far{', images apart' if vision.num_layers else ''}": flop(
+                    training * (_last(run, "tokens")[0] or 0)
+                ),
             }
         )
     return _side_by_side(runs, columns, "count")

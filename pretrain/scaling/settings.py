@@ -83,8 +83,9 @@ def _grid(group: Sequence[Trial], key: str) -> Grid | None:
     good = [trial for trial in tried if trial.loss <= least * (1 + NEAR)]
     near = np.array([getattr(trial, key) for trial in good])
     inside = bool(values[0] < near.min() and near.max() < values[-1])
-    compute = float(np.mean([trial.compute for trial in good]))
-    step, computes = float(np.median(np.diff(np.log(values)))), ends(trial.compute for trial in tried)
+    compute, computes = float(np.mean([trial.compute for trial in good])), ends(trial.compute for trial in tried)
+    # Of each size alone: where a rule sets sizes a little apart, their values together would look like a fine grid.
+    step = float(np.median(np.concatenate([np.diff(np.log(sorted(by_size[size]))) for size in sizes])))
     return Grid(compute, near, step, inside, (values[0], values[-1]), computes)
 
 

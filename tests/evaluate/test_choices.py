@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,15 @@ from typing import Any
 import evaluate_ranks as ranks
 import pytest
 import torch
+from click.testing import CliRunner
 
 from perilune.parallel.workers import Workers
+from perilune.pretrain.cli import main
 from perilune.pretrain.data.tokenizer import load_tokenizer
 from perilune.pretrain.errors import InputError
-from perilune.pretrain.evaluate.choices import Question, accuracies, encode, read_tasks
-from perilune.pretrain.evaluate.load import Text
+from perilune.pretrain.evaluate.asked import Question, encode, read_tasks
+from perilune.pretrain.evaluate.choices import accuracies
+from perilune.pretrain.evaluate.described import Text
 
 GOOD = {"task": "t", "context": "The Moon", "choices": [" a", " b"], "answer": 1}
 QUESTIONS = [
@@ -137,3 +141,25 @@ def test_good_file_and_empty_file(tmp_path: Path) -> None:
     file.write_text("\n")
     with pytest.raises(InputError, match="no line holds a question"):
         read_tasks(file)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["generate", "--prompt", ""], "--prompt '': the first token is predicted from nothing; give some text"),
+        (["generate", "--prompt", "moon", "--max-new-tokens", "128"], "max_position_embeddings 128; ask for fewer"),
+        (["generate", "--prompt", "moon", "--image", "tasks.jsonl"], "without a vision tower: it sees no image"),
+        (["eval", "--tasks", "tasks.jsonl"], "max_position_embeddings is 128: shorten the context"),
+        (["eval", "--data", "."], "not a packed dataset"),
+    ],
+)
+def test_what_a_model_cannot_be_asked_is_told_before_it_is_loaded(
+    hf: Callable[[str], Path], tokenizer_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    words: list[str], says: str,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    Path("tasks.jsonl").write_text(json.dumps(GOOD | {"context": "Moon. " * 200}) + "\n")
+    monkeypatch.setitem(sys.modules, "perilune.pretrain.evaluate.load", None)  # importing it raises
+    command, *more = words
+    done = CliRunner().invoke(main, [command, str(hf("plain")), "--tokenizer", str(tokenizer_path), *more])
+    assert done.exit_code == 2 and says in done.stderr, done.output

@@ -24,7 +24,8 @@ from perilune.pretrain.data.reader import PackedDataset
 from perilune.pretrain.data.tokenizer import load_tokenizer, train_tokenizer
 from perilune.pretrain.errors import InputError
 from perilune.pretrain.evaluate import captions
-from perilune.pretrain.evaluate.pairs import Features, read_classes, retrieval
+from perilune.pretrain.evaluate.asked import read_classes
+from perilune.pretrain.evaluate.pairs import Features, retrieval
 from perilune.pretrain.hf.export import export
 from perilune.vision.contrastive import unit
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from perilune.pretrain import presets
 from perilune.pretrain.plan.built import count_rank
 from perilune.pretrain.plan.counts import parameters
-from perilune.pretrain.plan.ranks import parameters_per_rank
+from perilune.pretrain.plan.ranks import bytes_per_rank, parameters_per_rank, rank_table
 from perilune.pretrain.plan.stages import stages_of
-from perilune.pretrain.schema import Config, Contrastive, Precision
+from perilune.pretrain.plan.vision_counts import parameters as vision_parameters
+from perilune.pretrain.schema import Config, Contrastive, Parallel, Precision
+from perilune.pretrain.train_command import describe
 
 
 def plain(name: str, **parallel: object) -> Config:
@@ -58,6 +61,35 @@ def test_counts_equal_the_built_model_on_every_stage(layout: str) -> None:
         assert count_rank(config, world, stage) == parameters_per_rank(
             config.model, config.parallel, stage, config.vision, config.contrastive
         ), stage
+
+
+@pytest.mark.parametrize(
+    "frozen",
+    [("language_model",), ("vision_tower",), ("multi_modal_projector", "language_model"), ("contrastive",),
+     ("vision_tower", "multi_modal_projector", "contrastive")],
+)  # fmt: skip
+@pytest.mark.parametrize("parallel", [{"tp": 2, "pp": 1, "ep": 8}, {"tp": 1, "pp": 2, "ep": 2}])
+def test_what_trains_beside_frozen_parts_is_what_the_built_model_lets_train(
+    frozen: tuple[str, ...], parallel: dict[str, int]
+) -> None:
+    config = replace(plain("kimi_vl_a3b", **parallel), contrastive=Contrastive(loss="siglip", hidden_size=768))
+    config = replace(config, train=replace(config.train, freeze=frozen))
+    for stage in range(config.parallel.pp):
+        assert count_rank(config, 8, stage, trained=True) == parameters_per_rank(
+            config.model, config.parallel, stage, config.vision, config.contrastive, frozen
+        ), stage
+
+
+def test_frozen_parts_have_neither_gradients_nor_moments_in_a_dry_run() -> None:
+    """Kimi-VL's `align`, whose language model is frozen."""
+    config, parallel = plain("kimi_vl_a3b"), Parallel()
+    seen = config.model, parallel, 0, 1, "bf16", config.vision
+    all_train, align = bytes_per_rank(*seen), bytes_per_rank(*seen, frozen=("language_model",))
+    trained = vision_parameters(config.vision, config.model.hidden_size).total
+    assert align.weights == all_train.weights and align.gradients == 4 * trained and align.optimizer == 12 * trained
+    config = replace(config, parallel=parallel, train=replace(config.train, freeze=("language_model",)))
+    assert f"{align.gradients / 2**30:.3f}" in rank_table(config, 1).splitlines()[1].split()
+    assert "FLOPs a token, training, parts frozen" in describe(config, 1, Path("run"))
 
 
 @pytest.mark.parametrize(

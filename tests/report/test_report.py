@@ -20,6 +20,9 @@ from perilune.pretrain.cli import main
 from perilune.pretrain.data.pack import pack
 from perilune.pretrain.data.tokenizer import train_tokenizer
 from perilune.pretrain.errors import InputError
+from perilune.pretrain.plan import vision_counts
+from perilune.pretrain.plan.counts import flops_per_token
+from perilune.pretrain.plan.frozen import training_flops
 from perilune.pretrain.report import describe, environment, page, read, thin
 
 # ---------------------------------------------------------------- short series
@@ -340,6 +343,25 @@ def test_differences_are_those_of_the_configurations(tmp_path: Path) -> None:
         ["optim.lr", "0.004", "0.001"],
     ]
     assert [row[0] for row in describe.differences(runs[:1]).rows] == ["train.steps"]
+
+
+def test_counts_have_the_tower_and_are_of_what_trains(tmp_path: Path) -> None:
+    """A run of images says how large its tower is, and one with frozen parts what its training costs."""
+    vision = "vision.num_layers=2"
+    whole = write_run(tmp_path / "whole", 3, vision)
+    frozen = write_run(tmp_path / "frozen", 3, vision, "train.freeze=[language_model]")
+    runs = read.read_runs([whole, frozen], 10)
+    rows = {row[0]: row[1:] for row in describe.counts(runs).rows}
+    config = runs[0].config
+    seeing = vision_counts.parameters(config.vision, config.model.hidden_size)
+    assert rows["vision tower, besides"] == [f"{seeing.tower:,}"] * 2 and seeing.tower > 0
+    assert rows["projector, besides"] == [f"{seeing.projector:,}"] * 2
+    tokens = 3 * 4096
+    costs = [training_flops(run.config).token for run in runs]
+    assert rows["so far, images apart"] == [describe.flop(cost * tokens) for cost in costs]
+    assert costs[0] == flops_per_token(config.model, config.data.seq_len).training > 1.4 * costs[1]
+    plain = describe.counts(read.read_runs([write_run(tmp_path / "plain", 3)], 10))
+    assert not [row for row in plain.rows if "tower" in str(row[0])]
 
 
 def test_the_data_are_the_packed_ones(tmp_path: Path) -> None:

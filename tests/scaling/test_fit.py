@@ -158,6 +158,27 @@ def test_the_intervals_of_learning_rate_and_batch_size_hold_the_truth() -> None:
     assert all((held >= 90).all() for held in count.values()), count
 
 
+def test_sizes_whose_grids_lie_a_little_apart_are_no_finer_grid() -> None:
+    """A rule that sets the rate by size: the best is known no better than a factor of four all the same."""
+    found = []
+    for apart in (1.0, 1.01):
+        given = [
+            Trial(
+                "t", size, "params", compute / 6 / size, 3 + 0.03 * np.log(4**x) ** 2, 0.3 * compute**-0.125 * rate, 1e5
+            )
+            for compute in COMPUTES
+            for size, times in ((1e8, 1.0), (1.5e8, apart))
+            for x in (-2, -1, 0, 1, 2)
+            for rate in (0.3 * compute**-0.125 * times * 4.0**x,)
+        ]
+        near = settings.grids(budgets(given), "lr")
+        assert [grid.step for grid in near] == pytest.approx([np.log(4)] * len(COMPUTES))
+        law, _ = settings.settings_law(near, "lr", np.random.default_rng(0), 200)
+        assert law is not None
+        found.append(np.log(law.k.high / law.k.low))
+    assert found[1] == pytest.approx(found[0], rel=0.1)  # it was a hundredth of it
+
+
 def test_learning_rate_and_batch_size() -> None:
     """Their grids say what is best and spoil no other law; DeepSeek LLM's own constants come back."""
     rng = np.random.default_rng(0)

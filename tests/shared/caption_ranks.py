@@ -20,6 +20,7 @@ from perilune.pretrain.data.reader import PackedDataset
 from perilune.pretrain.data.stream import valid_batches
 from perilune.pretrain.errors import InputError
 from perilune.pretrain.evaluate import captions, pairs
+from perilune.pretrain.evaluate.asked import read_classes
 from perilune.pretrain.evaluate.generate import generate
 from perilune.pretrain.evaluate.load import Loaded, open_model
 from perilune.pretrain.evaluate.prompts import Picture, encode_prompts, read_picture, shown
@@ -146,7 +147,7 @@ def compared(path: Path, data: Path, classes: Path) -> Compared:
         each = [net.text_features(one, torch.tensor([0, len(one)], dtype=torch.int32)) for one in texts]
     dataset.close()
     return Compared(mine, images[trained.images_B], torch.cat(each), [text.tokenizer.decode(one) for one in texts],
-                    pairs.zero_shot(loaded, mine, pairs.read_classes(classes)))  # fmt: skip
+                    pairs.zero_shot(loaded, mine, read_classes(classes)))  # fmt: skip
 
 
 def continued(path: Path, prompt: Prompt, new: int) -> list[int]:
