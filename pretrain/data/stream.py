@@ -393,9 +393,16 @@ def open_dataset(
     vision: schema.Vision | None = None,
     *,
     whole: bool = True,
+    tokenizer_fingerprint: str | None = None,
 ) -> PackedDataset:
-    """The dataset at `path`; InputError where its rows, its vocabulary or its patches do not fit the run."""
+    """The dataset at `path`; InputError where its rows, its vocabulary or its patches do not fit the run, or it was
+    packed with another tokenizer than `tokenizer_fingerprint`, that of the training data (None: any)."""
     dataset = PackedDataset(path, remote, whole=whole)
+    if tokenizer_fingerprint not in (None, dataset.tokenizer_fingerprint):
+        raise InputError(
+            f"{path}: packed with tokenizer {dataset.tokenizer_fingerprint}, the training data with "
+            f"{tokenizer_fingerprint}; pack both with one"
+        )
     if dataset.seq_len != seq_len:
         raise InputError(
             f"{path}: packed in rows of {dataset.seq_len} tokens, but data.seq_len is {seq_len}; "
@@ -440,17 +447,11 @@ def valid_batches(
     is a target and stands for no byte; a segment's first token is predicted from nothing and is no target. Images come
     as patches where `vision` has layers.
 
-    Raises InputError as `open_dataset` does, and where the tokenizer is not the one of the training data, DamageError
-    for a row that is damaged.
+    Raises InputError as `open_dataset` does, DamageError for a row that is damaged.
     """
     from perilune.pretrain.data.collate import collate
 
-    dataset = open_dataset(path, seq_len, vocab_size, remote, vision)
-    if tokenizer_fingerprint not in (None, dataset.tokenizer_fingerprint):
-        raise InputError(
-            f"{path}: packed with tokenizer {dataset.tokenizer_fingerprint}, the training data with "
-            f"{tokenizer_fingerprint}; pack both with one"
-        )
+    dataset = open_dataset(path, seq_len, vocab_size, remote, vision, tokenizer_fingerprint=tokenizer_fingerprint)
     count = min(max_rows, len(dataset)) if max_rows else len(dataset)
     order = permute(np.arange(count), len(dataset), "valid", dataset.fingerprint).tolist()
     blanks = -count % (dp_size * micro_batch_size)
