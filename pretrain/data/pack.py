@@ -11,6 +11,7 @@ loss. So no token is padding, none is dropped, none counts twice.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import io
 import json
@@ -22,6 +23,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,7 @@ from perilune.pretrain.data.shard import token_dtype
 from perilune.pretrain.data.sources import Document, SourceFile, Split
 from perilune.pretrain.data.spool import FOLDER, Spool, SpooledBatch
 from perilune.pretrain.data.tokenizer import Tokenizer, load_tokenizer
+from perilune.pretrain.doctor import usable_cores
 from perilune.pretrain.errors import InputError, make_folder
 from perilune.vision.image_header import ImageRule
 
@@ -47,6 +50,7 @@ BUFFER_TOKENS = 1 << 25  # planned at once unless the user says otherwise
 MAX_SEQ_LEN = 1 << 24  # a row is laid out in memory, in the worst case token by token
 BATCH_SIZE = 1 << 22  # characters of text and bytes of images encoded at once
 BATCH_DOCUMENTS = 4096
+LOCK = ".packing.lock"
 
 
 def pack(
@@ -126,22 +130,57 @@ def _pack_split(
     files: list[SourceFile], folder: Path, coder: Tokenizer, recipe: dict[str, Any], workers: int | None
 ) -> dict[str, Any]:
     if (folder / NAME).exists():
-        manifest = read_manifest(folder)
-        if manifest["recipe"] != recipe:
-            changed = [key for key in recipe if manifest["recipe"].get(key) != recipe[key]]
-            raise InputError(f"{folder} already holds a dataset, with other {', '.join(changed)}; name another --out")
-        Spool(folder).clear_scratch()
-        return {"path": str(folder), "already_there": True, "seconds": 0.0, **manifest["packing"]}
+        return _already_there(folder, recipe)
     start = time.monotonic()
     make_folder(folder)
-    names = [path.name for path in folder.iterdir()]
+    names = [path.name for path in folder.iterdir() if path.name != LOCK]
     if names and FOLDER not in names:
         raise InputError(f"{folder} holds {names[0]} and is not a packed dataset; name a new or empty --out")
+    with _alone(folder):
+        if (folder / NAME).exists():  # by now
+            return _already_there(folder, recipe)
+        packing = _pack_into(folder, files, coder, recipe, workers)
+    return {"path": str(folder), "already_there": False, "seconds": time.monotonic() - start, **packing}
+
+
+def _already_there(folder: Path, recipe: dict[str, Any]) -> dict[str, Any]:
+    manifest = read_manifest(folder)
+    if manifest["recipe"] != recipe:
+        changed = [key for key in recipe if manifest["recipe"].get(key) != recipe[key]]
+        raise InputError(f"{folder} already holds a dataset, with other {', '.join(changed)}; name another --out")
+    Spool(folder).clear_scratch()
+    return {"path": str(folder), "already_there": True, "seconds": 0.0, **manifest["packing"]}
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """No other packing writes here meanwhile: it would take this one's scratch files for its own, or remove them."""
+    path = folder / LOCK
+    with path.open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mine = os.path.samestat(os.fstat(stream.fileno()), path.stat())  # not one that its owner has just removed
+        except (BlockingIOError, FileNotFoundError):
+            mine = False
+        except OSError:  # a file system without locks
+            mine = True
+        if not mine:
+            raise InputError(f"another `perilune pack` is at work in {folder}: wait for it, or name another --out")
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _pack_into(
+    folder: Path, files: list[SourceFile], coder: Tokenizer, recipe: dict[str, Any], workers: int | None
+) -> dict[str, Any]:
+    """The statistics of the dataset, once it is whole."""
     how = Encoding(recipe["seq_len"], recipe["fim_rate"], recipe["patch_limit"], recipe["max_patches"])
     job = Job(folder, coder.path, coder.fingerprint, how)
     if workers is None:
         batches = 1 + sum(file["bytes"] for file in recipe["files"]) // BATCH_SIZE
-        workers = min(len(os.sched_getaffinity(0)), batches)
+        workers = min(usable_cores(), batches)
     try:
         with open_pool(job, workers, coder) as pool:
             try:
@@ -158,7 +197,7 @@ def _pack_split(
     packing = run.statistics()
     _write_manifest(folder, coder, recipe, packing, run)
     run.spool.clear_scratch()
-    return {"path": str(folder), "already_there": False, "seconds": time.monotonic() - start, **packing}
+    return packing
 
 
 def _run(
