@@ -41,6 +41,7 @@ from perilune.pretrain.data.packing import Piece, Span, chunks, plan
 from perilune.pretrain.data.shard import token_dtype
 from perilune.pretrain.data.sources import Document, SourceFile, Split
 from perilune.pretrain.data.spool import FOLDER, Spool, SpooledBatch
+from perilune.pretrain.data.storage import is_url
 from perilune.pretrain.data.tokenizer import Tokenizer, load_tokenizer
 from perilune.pretrain.doctor import usable_cores
 from perilune.pretrain.errors import InputError, make_folder
@@ -76,6 +77,7 @@ def pack(
     filling in the middle. An image of more than `patch_limit` patches is scaled down when it is read; a row holds
     `max_patches` at most. `workers` processes do the work (None: as many as there are cores and batches).
     The same arguments give the same bytes, whatever the number of workers; a run that was killed goes on where it was.
+    What lies in `out` itself is no source.
 
     Returns `{name: statistics}`, name `all`, or `train` and `valid`; each holds path, rows, tokens, documents, splits,
     raw_bytes, seconds, already_there and the rest of the manifest's `packing`. Raises InputError for bad input and for
@@ -99,7 +101,7 @@ def pack(
     coder = load_tokenizer(tokenizer)
     if fim_rate:
         coder.fim_ids()
-    files = data_sources.find_files(sources)
+    files = _outside(out, data_sources.find_files(sources))
     if valid_fraction and all(file.split for file in files):
         raise InputError(
             f"--valid-fraction {valid_fraction}: {', '.join(sources)} holds out files of its own; leave it out"
@@ -124,6 +126,15 @@ def pack(
         }
         stats[split or "all"] = _pack_split(mine, out / split if split else out, coder, recipe, workers)
     return stats
+
+
+def _outside(out: Path, files: list[SourceFile]) -> list[SourceFile]:
+    """`files` without what lies in `out`: a folder of sources may hold it, and finds other files in it each time."""
+    where = out.resolve()
+    inside = [file for file in files if not is_url(file.path) and Path(file.path).resolve().is_relative_to(where)]
+    if len(inside) == len(files):
+        raise InputError(f"--out {out} holds the sources themselves, {files[0].name} first; name another --out")
+    return [file for file in files if file not in inside] if inside else files
 
 
 def _pack_split(
@@ -193,7 +204,8 @@ def _pack_into(
         raise InputError(f"{folder}: packing stopped: {error}; the same command goes on from there") from error
     if not run.count["documents"]:
         run.spool.clear()
-        raise InputError(f"{folder}: no document in this split of {len(files)} files; give more text")
+        more = "more text, or a larger --valid-fraction and another --out" if recipe["valid_fraction"] else "more text"
+        raise InputError(f"{folder}: no document in this split of {len(files)} files; give {more}")
     packing = run.statistics()
     _write_manifest(folder, coder, recipe, packing, run)
     run.spool.clear_scratch()

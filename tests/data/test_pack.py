@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,28 @@ def test_two_packings_do_not_write_to_one_folder(
         pack([corpus], out, tokenizer_path, 64, rows_per_shard=50, workers=1)
     assert set(said) == {f"another `perilune pack` is at work in {out}: wait for it, or name another --out"}
     assert {p.name: p.read_bytes() for p in out.iterdir()} == {p.name: p.read_bytes() for p in packed.iterdir()}
+
+
+def test_a_dataset_inside_its_sources_folder_is_no_source(tmp_path: Path, corpus: str, tokenizer_path: Path) -> None:
+    shutil.copy(corpus, tmp_path)
+    out = tmp_path / "packed"
+
+    def again() -> bool:
+        return pack([str(tmp_path)], out, tokenizer_path, 64, rows_per_shard=50)["all"]["already_there"]
+
+    assert not again()
+    whole = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert again()
+    (out / "manifest.json").unlink()  # cut short
+    (out / ".packing").mkdir()
+    assert not again()
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == whole
+    with pytest.raises(
+        InputError, match=r"holds the sources themselves, .*shard-000000\.tar first; name another --out"
+    ):
+        pack([str(out)], out, tokenizer_path, 64)
+    with pytest.raises(InputError, match="give more text, or a larger --valid-fraction and another --out"):
+        pack([corpus], tmp_path / "split", tokenizer_path, 64, valid_fraction=1e-9)
 
 
 def test_a_system_that_does_not_tell_its_usable_cores(
