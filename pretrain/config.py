@@ -51,7 +51,8 @@ ALLOWED_ON_RESUME = (
 )
 """Keys and patterns that a resumed run may change: how long, how it is spread, what is logged; not what is computed.
 
-`data.path` only says where the data lie: that their content is the same, the fingerprint in the checkpoint says.
+`data.path` only says where the data lie: that their content is the same, the fingerprint in the checkpoint says. So do
+the names in `data.blend`, whose weights stay as they are, in their order.
 """
 
 
@@ -124,12 +125,14 @@ def check_resume(old: Config, new: Config) -> None:
         key: values
         for key, values in diff(old, new).items()
         if not any(fnmatchcase(key, pattern) for pattern in ALLOWED_ON_RESUME)
+        and not (key == "data.blend" and list(values[0].values()) == list(values[1].values()))
     }
     if changed:
         listed = ", ".join(f"{key} ({was!r} -> {now!r})" for key, (was, now) in changed.items())
         raise InputError(
             f"this run was started with other values of {listed}. Resuming may change only "
-            f"{', '.join(ALLOWED_ON_RESUME)}: give the old values, or another --run directory"
+            f"{', '.join(ALLOWED_ON_RESUME)}, and where the datasets of data.blend lie: give the old values, or "
+            "another --run directory"
         )
 
 

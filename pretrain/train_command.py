@@ -154,12 +154,20 @@ def _with_valid(config: Config, remedy: str) -> Config:
 
 
 def _absolute(config: Config) -> Config:
-    """Paths that mean the same from whichever folder the run is resumed."""
+    """Paths that mean the same from whichever folder the run is resumed. Raises InputError where two of data.blend's
+    are one folder: one of its weights would be lost."""
     data, valid = config.data, config.valid
+    blend: dict[str, str] = {}
+    for path in data.blend:
+        if (before := blend.setdefault(_absolute_path(path), path)) != path:
+            raise InputError(
+                f"data.blend: {before} and {path} are both {_absolute_path(path)}; name it once, with the weight "
+                "that it is to have in all"
+            )
     data = dataclasses.replace(
         data,
         path=data.path and _absolute_path(data.path),
-        blend={_absolute_path(path): weight for path, weight in data.blend.items()},
+        blend={path: data.blend[named] for path, named in blend.items()},
         cache_dir=data.cache_dir and _absolute_path(data.cache_dir),
     )
     valid = dataclasses.replace(valid, path=valid.path and _absolute_path(valid.path))
@@ -208,7 +216,14 @@ def _check_data(config: Config, newest: Path | None = None) -> None:
                 if "data" in saved:
                     stream.found_again(DataState.from_dict(saved["data"]))
     if config.valid.every:
-        open_dataset(str(config.valid.path), data.seq_len, vocabulary, remote_of(data), vision).close()
+        open_dataset(
+            str(config.valid.path),
+            data.seq_len,
+            vocabulary,
+            remote_of(data),
+            vision,
+            tokenizer_fingerprint=stream.tokenizer_fingerprint,
+        ).close()
 
 
 def _world_of_environment() -> int | None:

@@ -316,3 +316,14 @@ def test_resume_may_change_only_the_allow_list() -> None:
     assert "train.steps (" not in message
     assert "data.path (" not in message  # the checkpoint's fingerprint says whether the content is the same
     assert "parallel.tp (" not in message
+
+
+def test_the_datasets_of_a_blend_may_have_moved_but_keep_their_weights() -> None:
+    def blend(**weights: float | dict[int, float]) -> Config:
+        return dataclasses.replace(BASE, data=Data(blend=weights))
+
+    cfg.check_resume(blend(a=0.5, b={0: 0.25}), blend(c=0.5, b={0: 0.25}))
+    for other in (blend(a=0.5, b={0: 0.75}), blend(b={0: 0.25}, c=0.5), blend(a=0.5), Data(path="a")):
+        config = dataclasses.replace(BASE, data=other) if isinstance(other, Data) else other
+        with pytest.raises(InputError, match=r"data\.blend \("):
+            cfg.check_resume(blend(a=0.5, b={0: 0.25}), config)

@@ -14,11 +14,12 @@ from rich.table import Table
 from rich.text import Text
 
 from perilune.pretrain.data import inspect_facts as describe
+from perilune.pretrain.data import source_file
 from perilune.pretrain.data.inspect_verify import verify
 from perilune.pretrain.data.manifest import read_manifest, read_token_bytes
 from perilune.pretrain.data.reader import PackedDataset
 from perilune.pretrain.data.shard import Row
-from perilune.pretrain.data.storage import Store, is_url, open_store
+from perilune.pretrain.data.storage import Remote, Store, is_url, open_store
 from perilune.pretrain.errors import InputError
 from perilune.pretrain.report.describe import Bar
 from perilune.pretrain.report.describe import Table as Facts
@@ -42,8 +43,10 @@ def inspect_command(
 
     Raises InputError where it is no dataset, there is no row `sample`, or the page cannot be written.
     """
+    manifest = read_manifest(
+        open_store(path, Remote(retry_s=source_file.FIRST_RETRY_S))
+    )  # a mistyped host is told soon
     store = open_store(path)
-    manifest = read_manifest(store)
     known = describe.facts(path, manifest)
     if check:
         read_token_bytes(store, manifest)

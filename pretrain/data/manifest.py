@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from perilune.pretrain.data.shard import SAMPLE_FIELDS, parse_npy
-from perilune.pretrain.data.storage import Store, join, open_store
+from perilune.pretrain.data.storage import LocalStore, Store, join, open_store
 from perilune.pretrain.errors import InputError
 from perilune.vision.image_header import ImageRule
 
@@ -49,6 +49,11 @@ def read_manifest(place: Path | str | Store) -> dict[str, Any]:
     try:
         data = store.read(NAME)
     except (FileNotFoundError, NotADirectoryError) as error:
+        if isinstance(store, LocalStore) and (inside := sorted(Path(store.where).glob(f"*/{NAME}"))):
+            held = ", ".join(str(path.parent) for path in inside[:4])
+            raise InputError(
+                f"{store.where}: no {NAME}: not a packed dataset itself; it holds {held}: name one"
+            ) from error
         raise InputError(
             f"{store.where}: no {NAME}: not a packed dataset, or packing was cut short; run `perilune pack` (again)"
         ) from error

@@ -11,6 +11,7 @@ loss. So no token is padding, none is dropped, none counts twice.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import io
 import json
@@ -22,6 +23,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +41,9 @@ from perilune.pretrain.data.packing import Piece, Span, chunks, plan
 from perilune.pretrain.data.shard import token_dtype
 from perilune.pretrain.data.sources import Document, SourceFile, Split
 from perilune.pretrain.data.spool import FOLDER, Spool, SpooledBatch
+from perilune.pretrain.data.storage import is_url
 from perilune.pretrain.data.tokenizer import Tokenizer, load_tokenizer
+from perilune.pretrain.doctor import usable_cores
 from perilune.pretrain.errors import InputError, make_folder
 from perilune.vision.image_header import ImageRule
 
@@ -47,6 +51,7 @@ BUFFER_TOKENS = 1 << 25  # planned at once unless the user says otherwise
 MAX_SEQ_LEN = 1 << 24  # a row is laid out in memory, in the worst case token by token
 BATCH_SIZE = 1 << 22  # characters of text and bytes of images encoded at once
 BATCH_DOCUMENTS = 4096
+LOCK = ".packing.lock"
 
 
 def pack(
@@ -72,6 +77,7 @@ def pack(
     filling in the middle. An image of more than `patch_limit` patches is scaled down when it is read; a row holds
     `max_patches` at most. `workers` processes do the work (None: as many as there are cores and batches).
     The same arguments give the same bytes, whatever the number of workers; a run that was killed goes on where it was.
+    What lies in `out` itself is no source.
 
     Returns `{name: statistics}`, name `all`, or `train` and `valid`; each holds path, rows, tokens, documents, splits,
     raw_bytes, seconds, already_there and the rest of the manifest's `packing`. Raises InputError for bad input and for
@@ -95,7 +101,7 @@ def pack(
     coder = load_tokenizer(tokenizer)
     if fim_rate:
         coder.fim_ids()
-    files = data_sources.find_files(sources)
+    files = _outside(out, data_sources.find_files(sources))
     if valid_fraction and all(file.split for file in files):
         raise InputError(
             f"--valid-fraction {valid_fraction}: {', '.join(sources)} holds out files of its own; leave it out"
@@ -122,26 +128,70 @@ def pack(
     return stats
 
 
+def _outside(out: Path, files: list[SourceFile]) -> list[SourceFile]:
+    """`files` without what lies in `out`: a folder of sources may hold it, and finds other files in it each time."""
+    where = out.resolve()
+    inside = [file for file in files if not is_url(file.path) and Path(file.path).resolve().is_relative_to(where)]
+    if len(inside) == len(files):
+        raise InputError(f"--out {out} holds the sources themselves, {files[0].name} first; name another --out")
+    return [file for file in files if file not in inside] if inside else files
+
+
 def _pack_split(
     files: list[SourceFile], folder: Path, coder: Tokenizer, recipe: dict[str, Any], workers: int | None
 ) -> dict[str, Any]:
     if (folder / NAME).exists():
-        manifest = read_manifest(folder)
-        if manifest["recipe"] != recipe:
-            changed = [key for key in recipe if manifest["recipe"].get(key) != recipe[key]]
-            raise InputError(f"{folder} already holds a dataset, with other {', '.join(changed)}; name another --out")
-        Spool(folder).clear_scratch()
-        return {"path": str(folder), "already_there": True, "seconds": 0.0, **manifest["packing"]}
+        return _already_there(folder, recipe)
     start = time.monotonic()
     make_folder(folder)
-    names = [path.name for path in folder.iterdir()]
+    names = [path.name for path in folder.iterdir() if path.name != LOCK]
     if names and FOLDER not in names:
         raise InputError(f"{folder} holds {names[0]} and is not a packed dataset; name a new or empty --out")
+    with _alone(folder):
+        if (folder / NAME).exists():  # by now
+            return _already_there(folder, recipe)
+        packing = _pack_into(folder, files, coder, recipe, workers)
+    return {"path": str(folder), "already_there": False, "seconds": time.monotonic() - start, **packing}
+
+
+def _already_there(folder: Path, recipe: dict[str, Any]) -> dict[str, Any]:
+    manifest = read_manifest(folder)
+    if manifest["recipe"] != recipe:
+        changed = [key for key in recipe if manifest["recipe"].get(key) != recipe[key]]
+        raise InputError(f"{folder} already holds a dataset, with other {', '.join(changed)}; name another --out")
+    Spool(folder).clear_scratch()
+    return {"path": str(folder), "already_there": True, "seconds": 0.0, **manifest["packing"]}
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """No other packing writes here meanwhile: it would take this one's scratch files for its own, or remove them."""
+    path = folder / LOCK
+    with path.open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mine = os.path.samestat(os.fstat(stream.fileno()), path.stat())  # not one that its owner has just removed
+        except (BlockingIOError, FileNotFoundError):
+            mine = False
+        except OSError:  # a file system without locks
+            mine = True
+        if not mine:
+            raise InputError(f"another `perilune pack` is at work in {folder}: wait for it, or name another --out")
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _pack_into(
+    folder: Path, files: list[SourceFile], coder: Tokenizer, recipe: dict[str, Any], workers: int | None
+) -> dict[str, Any]:
+    """The statistics of the dataset, once it is whole."""
     how = Encoding(recipe["seq_len"], recipe["fim_rate"], recipe["patch_limit"], recipe["max_patches"])
     job = Job(folder, coder.path, coder.fingerprint, how)
     if workers is None:
         batches = 1 + sum(file["bytes"] for file in recipe["files"]) // BATCH_SIZE
-        workers = min(len(os.sched_getaffinity(0)), batches)
+        workers = min(usable_cores(), batches)
     try:
         with open_pool(job, workers, coder) as pool:
             try:
@@ -154,11 +204,12 @@ def _pack_split(
         raise InputError(f"{folder}: packing stopped: {error}; the same command goes on from there") from error
     if not run.count["documents"]:
         run.spool.clear()
-        raise InputError(f"{folder}: no document in this split of {len(files)} files; give more text")
+        more = "more text, or a larger --valid-fraction and another --out" if recipe["valid_fraction"] else "more text"
+        raise InputError(f"{folder}: no document in this split of {len(files)} files; give {more}")
     packing = run.statistics()
     _write_manifest(folder, coder, recipe, packing, run)
     run.spool.clear_scratch()
-    return {"path": str(folder), "already_there": False, "seconds": time.monotonic() - start, **packing}
+    return packing
 
 
 def _run(

@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import multiprocessing.connection
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -132,7 +133,12 @@ class _Processes:
         self._pool = pool
 
     def submit(self, work: Callable[..., Any], /, *args: Any) -> Future[Any]:
-        return self._pool.submit(_do, work, *args)
+        # This may start a process, which keeps the mask: Ctrl-C goes to all of them, and is for this one to answer.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            return self._pool.submit(_do, work, *args)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

@@ -7,8 +7,9 @@ A sample is the run of members whose names agree up to the first dot of the last
                                 place a text, or the ending ("0.jpg") of an image member
     KEY.txt                     a text
 
-Other members are passed over unread. Nothing is extracted or run, and no path in a tar is opened. Headers are read
-here and not by `tarfile`, which ends quietly at a damaged header; a tar must end with its two zero blocks.
+Other members are passed over unread; names without a key or an ending (README, ._1.jpg) belong to no sample, as in
+webdataset. Nothing is extracted or run, and no path in a tar is opened. Headers are read here and not by `tarfile`,
+which ends quietly at a damaged header; a tar must end with its two zero blocks.
 """
 
 from __future__ import annotations
@@ -44,9 +45,13 @@ def tar_samples(stream: BinaryIO, name: str) -> Iterator[tuple[str, tuple[str | 
     key: str | None = None
     parts: dict[str, bytes] = {}
     size = 0
+    strange: str | None = None
     for member in tar_members(stream, name):
         folder, _, last = member.name.rpartition("/")
         stem, _, ending = last.partition(".")
+        if not stem or not ending:
+            strange = strange or member.name
+            continue
         own = f"{folder}/{stem}" if folder else stem
         if own != key:
             if key is not None:
@@ -62,6 +67,8 @@ def tar_samples(stream: BinaryIO, name: str) -> Iterator[tuple[str, tuple[str | 
             raise InputError(f"{name}: sample {own!r} has more than {MAX_SAMPLE_BYTES} bytes. Cut it up")
     if key is not None:
         yield f"{name}:{key}", _sample(parts, f"{name}:{key}")
+    elif strange is not None:
+        raise InputError(f"{name}: no member has a name of the form KEY.ENDING, as {strange!r} has not. Write it anew")
 
 
 def tar_members(stream: BinaryIO, name: str) -> Iterator[_Member]:

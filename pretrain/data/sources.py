@@ -1,7 +1,7 @@
 """Where documents come from: SRC of the command line -> documents, in one fixed order, each with an id and a split.
 
-A SRC is a file, a folder (searched downwards), a glob, each on this machine or behind fsspec (s3://, gs://, https://),
-`demo:stdlib`, or `demo:glyphs` (`demo_glyphs`). What a document is, by ending:
+A SRC is a file, a folder (searched downwards, links followed), a glob, each on this machine or behind fsspec (s3://,
+gs://, https://), `demo:stdlib`, or `demo:glyphs` (`demo_glyphs`). What a document is, by ending:
 
     .txt .md .py            the file
     .jsonl[.gz|.zst]        one line: an object with a string `text`, or texts and images' paths (`source_jsonl`)
@@ -154,14 +154,15 @@ def _find(spec: str) -> list[SourceFile]:
     elif path.exists():
         paths = [path]
     elif glob.has_magic(local):
-        paths = sorted(Path(p) for p in glob.glob(local, recursive=True) if os.path.isfile(p))
+        paths = sorted(Path(p) for p in glob.glob(local, recursive=True) if not os.path.isdir(p))
         if not paths:
             raise InputError(f"{spec}: no file matches this pattern")
     else:
         raise InputError(f"{spec}: no such file or folder")
     for p in paths:
         if not p.is_file():
-            raise InputError(f"{p}: not a regular file")
+            what = "a link that leads nowhere" if p.is_symlink() and not p.exists() else "not a regular file"
+            raise InputError(f"{p}: {what}. Repair it or move it away")
     return [_source(p.as_posix(), spec, lambda name: Path(name).is_file()) for p in paths]
 
 
@@ -204,12 +205,20 @@ def _source(path: str, spec: str, exists: Callable[[str], bool]) -> SourceFile:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """Files of a known ending; links to folders are not followed, since they can form a circle."""
-    for root, _, names in os.walk(folder):
-        for name in names:
-            path = Path(root, name)
-            if _ending(name.lower()) is not None and path.is_file():
-                yield path
+    """What has a known ending, links followed; each folder once, since links can form a circle."""
+
+    def refuse(error: OSError) -> None:
+        raise InputError(f"{error.filename}: cannot be read: {error.strerror}. Make it readable, or move it away")
+
+    seen: set[tuple[int, int]] = set()
+    for root, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        folders.sort()  # by which of two ways a folder is found must not depend on the disk
+        status = os.stat(root)
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        yield from (Path(root, name) for name in names if _ending(name.lower()) is not None)
 
 
 def _standard_library() -> list[SourceFile]:

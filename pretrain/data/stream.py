@@ -153,15 +153,18 @@ class Stream:
         return replace(self.initial_state(), earlier=earlier)
 
     def found_again(self, state: DataState) -> DataState:
-        """A state that was saved, by the path where the same content lies now; InputError as `check_state`."""
-        (*others, theirs), mine = state.fingerprints, self.paths[-1]
-        if not others and len(self.paths) == 1 and state.fingerprints[theirs] == self.datasets[0].fingerprint:
+        """A state that was saved, by the paths where the same content lies now; InputError as `check_state`.
+
+        A blend's datasets are found in its order, which decides between those that are equally far behind.
+        """
+        if list(state.fingerprints.values()) == [dataset.fingerprint for dataset in self.datasets]:
+            now = dict(zip(state.fingerprints, self.paths, strict=True))
             state = replace(
                 state,
-                counters={mine: state.counters[theirs]},
-                fingerprints={mine: state.fingerprints[theirs]},
-                quarantine=[entry | {"dataset": mine} for entry in state.quarantine],
-                earlier={mine: state.earlier[theirs]} if state.earlier else {},
+                counters={now[path]: rows for path, rows in state.counters.items()},
+                fingerprints={now[path]: fingerprint for path, fingerprint in state.fingerprints.items()},
+                quarantine=[entry | {"dataset": now[entry["dataset"]]} for entry in state.quarantine],
+                earlier={now[path]: rows for path, rows in state.earlier.items()},
             )
         self.check_state(state)
         return state
@@ -169,7 +172,13 @@ class Stream:
     def check_state(self, state: DataState) -> None:
         """Raise InputError where a state that was saved belongs to other data than this stream's, or another blend."""
         mine = self.initial_state().fingerprints
-        if state.fingerprints != mine:
+        if list(state.fingerprints.items()) != list(mine.items()):
+            if sorted(state.fingerprints.values()) == sorted(mine.values()):
+                raise InputError(
+                    f"data.blend names its datasets in the order {list(mine.values())}, the run did in the order "
+                    f"{state.fingerprints} (dataset: fingerprint). Of datasets equally far behind the first gives the "
+                    "next row: name them in the run's order"
+                )
             raise InputError(
                 f"the run was trained on {state.fingerprints}, this stream reads {mine} (dataset: fingerprint); "
                 "resume with the same data, or start a new run with --init-from"
@@ -384,9 +393,16 @@ def open_dataset(
     vision: schema.Vision | None = None,
     *,
     whole: bool = True,
+    tokenizer_fingerprint: str | None = None,
 ) -> PackedDataset:
-    """The dataset at `path`; InputError where its rows, its vocabulary or its patches do not fit the run."""
+    """The dataset at `path`; InputError where its rows, its vocabulary or its patches do not fit the run, or it was
+    packed with another tokenizer than `tokenizer_fingerprint`, that of the training data (None: any)."""
     dataset = PackedDataset(path, remote, whole=whole)
+    if tokenizer_fingerprint not in (None, dataset.tokenizer_fingerprint):
+        raise InputError(
+            f"{path}: packed with tokenizer {dataset.tokenizer_fingerprint}, the training data with "
+            f"{tokenizer_fingerprint}; pack both with one"
+        )
     if dataset.seq_len != seq_len:
         raise InputError(
             f"{path}: packed in rows of {dataset.seq_len} tokens, but data.seq_len is {seq_len}; "
@@ -431,17 +447,11 @@ def valid_batches(
     is a target and stands for no byte; a segment's first token is predicted from nothing and is no target. Images come
     as patches where `vision` has layers.
 
-    Raises InputError as `open_dataset` does, and where the tokenizer is not the one of the training data, DamageError
-    for a row that is damaged.
+    Raises InputError as `open_dataset` does, DamageError for a row that is damaged.
     """
     from perilune.pretrain.data.collate import collate
 
-    dataset = open_dataset(path, seq_len, vocab_size, remote, vision)
-    if tokenizer_fingerprint not in (None, dataset.tokenizer_fingerprint):
-        raise InputError(
-            f"{path}: packed with tokenizer {dataset.tokenizer_fingerprint}, the training data with "
-            f"{tokenizer_fingerprint}; pack both with one"
-        )
+    dataset = open_dataset(path, seq_len, vocab_size, remote, vision, tokenizer_fingerprint=tokenizer_fingerprint)
     count = min(max_rows, len(dataset)) if max_rows else len(dataset)
     order = permute(np.arange(count), len(dataset), "valid", dataset.fingerprint).tolist()
     blanks = -count % (dp_size * micro_batch_size)

@@ -61,7 +61,7 @@ def train_tokenizer(sources: Sequence[str], out: Path, vocab_size: int) -> Path:
     recipe = {"vocab_size": vocab_size, "words": list(WORDS), "special_tokens": list(SPECIAL)}
     recipe["files"] = [data_sources.describe(file) for file in files]
     if out.exists() and any(out.iterdir()):
-        if (out / RECIPE).is_file() and json.loads((out / RECIPE).read_text(encoding="utf-8")) == recipe:
+        if _recipe_of(out) == recipe:
             return out
         raise InputError(f"{out} is not empty and was not made from the same text and size; name another --out")
     make_folder(out.parent)  # before the minutes that training takes
@@ -87,6 +87,14 @@ def train_tokenizer(sources: Sequence[str], out: Path, vocab_size: int) -> Path:
         raise InputError(f"--vocab-size {vocab_size}: this text fills only {reached}; ask for that, or give more text")
     _write(tokenizer, out, recipe)
     return out
+
+
+def _recipe_of(folder: Path) -> Any:
+    """What the tokenizer in `folder` was made from; None where nothing there says so."""
+    try:
+        return json.loads((folder / RECIPE).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
 
 
 def _write(tokenizer: tokenizers.Tokenizer, out: Path, recipe: dict[str, Any]) -> None:
@@ -150,7 +158,13 @@ class Tokenizer:
         parts = [list(_parts(text)) for text in texts]
         encoded = iter(self.inner.encode_batch_fast([p for ps in parts for p in ps], add_special_tokens=False))
         rows = []
+        normalizer = self.inner.normalizer
         for text, ps in zip(texts, parts, strict=True):
+            if normalizer is not None and any(normalizer.normalize_str(p) != p for p in ps):  # the size may stay
+                raise InputError(
+                    f"{self.path}: its normalizer changes the text {text[:40]!r}...; normalize the text before, or use "
+                    "a tokenizer of `perilune tokenizer train`, which takes it as it is"
+                )
             ids = np.concatenate([np.array(next(encoded).ids, dtype=np.int64) for _ in ps] or [np.zeros(0, np.int64)])
             held, size = int(self.token_bytes[ids].sum(dtype=np.int64)), len(text.encode())
             if held != size:

@@ -6,12 +6,14 @@ import io
 import json
 import re
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from perilune.pretrain.data import source_file
 from perilune.pretrain.data.inspect_command import inspect_command
 from perilune.pretrain.data.manifest import read_manifest
 from perilune.pretrain.data.pack import pack
@@ -118,3 +120,11 @@ def test_images_of_a_row(tmp_path: Path, tokenizer_path: Path, capsys: Capture) 
     assert re.match(r"before .*⟨image 0: 4 x 4 patches, 4 tokens⟩.* after<\|eos\|>", text)
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "data:image/png;base64," in page and "56 x 30 pixels" in page
+
+
+def test_a_host_that_does_not_answer_is_told_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source_file, "FIRST_RETRY_S", 0.5)
+    begun = time.monotonic()
+    with pytest.raises(InputError, match=r"manifest\.json cannot be read: .*; tried [1-9] times in [01] s"):
+        inspect_command("http://127.0.0.1:9/data")
+    assert time.monotonic() - begun < 60

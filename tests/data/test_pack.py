@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import shutil
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +18,7 @@ from hypothesis import strategies as st
 
 from perilune.pretrain.data import pack as module
 from perilune.pretrain.data.pack import pack
+from perilune.pretrain.data.pack_worker import Worker
 from perilune.pretrain.data.packing import Limits, Piece, best_fit_decreasing, plan
 from perilune.pretrain.data.reader import PackedDataset
 from perilune.pretrain.data.spool import Spool
@@ -142,6 +146,60 @@ def test_a_run_cut_short_is_no_dataset_and_starts_again(
     with pytest.raises(InputError, match="not a packed dataset"):
         pack([corpus], tmp_path / "mine", tokenizer_path, 64)
     assert (tmp_path / "mine" / "shard-000000.tar").read_text() == "someone's"
+
+
+def test_two_packings_do_not_write_to_one_folder(
+    tmp_path: Path, packed: Path, corpus: str, tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, write, said = tmp_path / "data", Worker.write, list[str]()
+
+    def meanwhile(*args: Any) -> dict[str, Any]:
+        for seq_len in (32, 64):
+            with pytest.raises(InputError) as caught:
+                pack([corpus], out, tokenizer_path, seq_len, rows_per_shard=50, workers=1)
+            said.append(str(caught.value))
+        return write(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Worker, "write", meanwhile)
+        pack([corpus], out, tokenizer_path, 64, rows_per_shard=50, workers=1)
+    assert set(said) == {f"another `perilune pack` is at work in {out}: wait for it, or name another --out"}
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == {p.name: p.read_bytes() for p in packed.iterdir()}
+
+
+def test_a_dataset_inside_its_sources_folder_is_no_source(tmp_path: Path, corpus: str, tokenizer_path: Path) -> None:
+    shutil.copy(corpus, tmp_path)
+    out = tmp_path / "packed"
+
+    def again() -> bool:
+        return pack([str(tmp_path)], out, tokenizer_path, 64, rows_per_shard=50)["all"]["already_there"]
+
+    assert not again()
+    whole = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert again()
+    (out / "manifest.json").unlink()  # cut short
+    (out / ".packing").mkdir()
+    assert not again()
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == whole
+    with pytest.raises(
+        InputError, match=r"holds the sources themselves, .*shard-000000\.tar first; name another --out"
+    ):
+        pack([str(out)], out, tokenizer_path, 64)
+    with pytest.raises(InputError, match="give more text, or a larger --valid-fraction and another --out"):
+        pack([corpus], tmp_path / "split", tokenizer_path, 64, valid_fraction=1e-9)
+
+
+def test_a_system_that_does_not_tell_its_usable_cores(
+    tmp_path: Path, corpus: str, tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(os, "sched_getaffinity")  # macOS
+    assert pack([corpus], tmp_path / "data", tokenizer_path, 64)["all"]["rows"] > 1
+
+
+def test_the_folder_around_datasets_is_told_from_none(tmp_path: Path, corpus: str, tokenizer_path: Path) -> None:
+    pack([corpus], tmp_path / "data", tokenizer_path, 64, valid_fraction=0.2)
+    with pytest.raises(InputError, match=r"it holds \S*data/train, \S*data/valid: name one"):
+        PackedDataset(tmp_path / "data")
 
 
 def test_an_output_folder_that_cannot_be_made_is_refused(tmp_path: Path, corpus: str, tokenizer_path: Path) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -54,11 +55,13 @@ def whole(tmp_path_factory: pytest.TempPathFactory, corpus: str, tokenizer_path:
     return out
 
 
-def start(tmp_path: Path, corpus: str, tokenizer_path: Path, workers: int, pause: float) -> subprocess.Popen[bytes]:
+def start(
+    tmp_path: Path, corpus: str, tokenizer_path: Path, workers: int, pause: float, **how: Any
+) -> subprocess.Popen[bytes]:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     words = [corpus, str(tmp_path / "data"), str(tokenizer_path), str(workers), str(pause)]
-    return subprocess.Popen([sys.executable, str(script), *words])
+    return subprocess.Popen([sys.executable, str(script), *words], **how)
 
 
 def test_workers_and_kills_change_nothing(tmp_path: Path, whole: Path, corpus: str, tokenizer_path: Path) -> None:
@@ -84,6 +87,23 @@ def test_workers_and_kills_change_nothing(tmp_path: Path, whole: Path, corpus: s
         run.kill()
     assert contents(data) == contents(whole)
     assert shard.stat().st_mtime_ns == before[0], "a finished shard was written again"
+
+
+def test_ctrl_c_is_for_the_packing_alone(tmp_path: Path, whole: Path, corpus: str, tokenizer_path: Path) -> None:
+    """A terminal sends it to the workers as well: they finish what they have, and print no stack of theirs."""
+    run = start(tmp_path, corpus, tokenizer_path, 2, 0.3, stderr=subprocess.PIPE, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "data" / ".packing" / "batch-000002.json").exists():
+            assert run.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        os.killpg(run.pid, signal.SIGINT)
+        said = run.communicate(timeout=60)[1].decode()
+    finally:
+        run.kill()
+    assert run.returncode and said.rstrip().endswith("KeyboardInterrupt") and said.count("Traceback") == 1, said
+    run = start(tmp_path, corpus, tokenizer_path, 2, 0)
+    assert run.wait(120) == 0 and contents(tmp_path / "data") == contents(whole)
 
 
 def interrupted(

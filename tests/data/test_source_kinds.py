@@ -94,6 +94,17 @@ def test_every_cut_and_every_flipped_bit_of_a_header_is_an_error(tmp_path: Path)
         list(documents([str(path)]))
 
 
+def test_members_without_a_key_or_an_ending_are_of_no_sample(tmp_path: Path) -> None:
+    """What archivers add, and people; stock webdataset passes over the same."""
+    members = {"README": b"read me", "._1.txt": b"\0\5\x16", "1.txt": b"one", ".DS_Store": b"", "2.txt": b"two"}
+    path = write_tar(tmp_path / "x.tar", members | {"a/LICENSE": b"", "a/3.txt": b"three"})
+    stock = [(sample["__key__"], sample["txt"].decode()) for sample in webdataset.WebDataset(str(path), shardshuffle=0)]
+    assert [(d.source.removeprefix(f"{path}:"), d.text) for d in documents([str(path)])] == stock
+    assert [text for _, text in stock] == ["one", "two", "three"]
+    with pytest.raises(InputError, match=r"no member has a name of the form KEY.ENDING, as '1' has not"):
+        list(documents([str(write_tar(tmp_path / "y.tar", {"1": b"one", "2": b"two"}))]))
+
+
 def special(name: str, kind: bytes, target: str = "") -> Callable[[tarfile.TarFile], None]:
     def add(out: tarfile.TarFile) -> None:
         info = tarfile.TarInfo(name)

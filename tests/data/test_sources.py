@@ -5,8 +5,10 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import struct
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -70,6 +72,36 @@ def test_a_source_that_finds_nothing_is_an_error(tmp_path: Path, spec: str) -> N
         find_files([spec if ":" in spec else str(tmp_path / spec)])
     with pytest.raises(InputError, match="no file below"):
         find_files([str(tmp_path)])
+
+
+def test_nothing_below_a_folder_is_left_out_without_a_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, away = tmp_path / "corpus", tmp_path / "away"
+    for path in (folder / "own", away / "web", folder / "closed"):
+        path.mkdir(parents=True)
+    (folder / "own" / "a.txt").write_text("moon")
+    (away / "web" / "b.txt").write_text("orbit")
+    (folder / "web").symlink_to(away / "web")
+    (folder / "web2").symlink_to(away / "web")
+    found = list(documents([str(folder)]))
+    assert [(document.source, document.text) for document in found] == [
+        (f"{folder}/own/a.txt", "moon"),
+        (f"{folder}/web/b.txt", "orbit"),
+    ]
+    scandir = os.scandir
+
+    def closed(path: str) -> Any:
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", closed)
+        with pytest.raises(InputError, match="corpus/closed: cannot be read: Permission denied"):
+            list(documents([str(folder)]))
+    (folder / "own" / "c.txt").symlink_to(tmp_path / "gone.txt")
+    for spec in (folder, folder / "*" / "*.txt"):
+        with pytest.raises(InputError, match=r"own/c.txt: a link that leads nowhere"):
+            list(documents([str(spec)]))
 
 
 def test_a_decompression_bomb_is_refused_before_it_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

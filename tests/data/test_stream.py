@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -111,6 +113,32 @@ def test_a_blend_keeps_its_weights_at_every_step(packed: Path, other: Path) -> N
     ids = both.global_batch_ids(both.initial_state(), 2 * len(PackedDataset(other)))
     assert [i for d, i in ids if d == 0] != [i for d, i in ids if d == 1]
     both.close()
+
+
+def test_a_blend_that_moved_goes_on_one_in_another_order_does_not(packed: Path, other: Path, tmp_path: Path) -> None:
+    shutil.copytree(packed, tmp_path / "packed")
+    shutil.copytree(other, tmp_path / "other")
+    bad = {"row": 3, "id": "", "replaced_by": 4, "reason": "", "samples": 0}
+
+    def blended(*paths: Path) -> Stream:
+        return open_stream(schema.Data(blend=dict.fromkeys(map(str, paths), 0.5), seq_len=64, workers=0), 1, depth=0)
+
+    before, moved = blended(packed, other), blended(tmp_path / "packed", tmp_path / "other")
+    start = before.begin_after([before.advance(before.initial_state(), 6)])
+    state = replace(before.advance(start, 11), quarantine=[bad | {"dataset": str(packed)}])
+    saved = DataState.from_dict(json.loads(json.dumps(state.to_dict())))
+    found = moved.found_again(saved)
+    assert found.counters == {str(tmp_path / "packed"): 6, str(tmp_path / "other"): 5}
+    assert found.earlier == {str(tmp_path / "packed"): 3, str(tmp_path / "other"): 3}
+    assert [entry["dataset"] for entry in found.quarantine] == [str(tmp_path / "packed")]
+    assert moved.global_batch_ids(found, 50) == before.global_batch_ids(state, 50)
+    # After as many rows of each, only the order tells which of the two comes next.
+    even = before.advance(before.initial_state(), 10)
+    for turned in (blended(other, packed), blended(tmp_path / "other", tmp_path / "packed")):
+        with pytest.raises(InputError, match="name them in the run's order"):
+            turned.found_again(even)
+    half = blended(packed, tmp_path / "other")
+    assert half.found_again(even).counters == {str(packed): 5, str(tmp_path / "other"): 5}
 
 
 def test_refusals(packed: Path, other: Path, tmp_path: Path, corpus: str) -> None:

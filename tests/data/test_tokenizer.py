@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +72,19 @@ def test_held_out_files_are_not_trained_on(tmp_path: Path) -> None:
     assert not [name for name in valid if f'"{name}"' in recipe]
 
 
+@pytest.mark.parametrize(("normalizer", "text"), [("Lowercase", "a Moon"), ("NFC", "\uf900")])
+def test_a_normalizer_that_changes_text_is_told_though_the_bytes_are_as_many(
+    tmp_path: Path, tokenizer_path: Path, normalizer: str, text: str
+) -> None:
+    path = shutil.copytree(tokenizer_path, tmp_path / "tok")
+    tokenizer = json.loads((path / "tokenizer.json").read_text())
+    (path / "tokenizer.json").write_text(json.dumps(tokenizer | {"normalizer": {"type": normalizer}}))
+    coder = load_tokenizer(path)
+    assert coder.decode(coder.encode_batch(["a moon, naïve"])[0]) == "a moon, naïve"
+    with pytest.raises(InputError, match="its normalizer changes the text"):
+        coder.encode_batch(["a moon", text])
+
+
 def test_refusals(tmp_path: Path, corpus: str, tokenizer_path: Path) -> None:
     with pytest.raises(InputError, match="need 266 or more"):
         train_tokenizer([corpus], tmp_path / "t", 265)
@@ -80,6 +95,10 @@ def test_refusals(tmp_path: Path, corpus: str, tokenizer_path: Path) -> None:
     before = (tokenizer_path / "tokenizer.json").stat().st_mtime_ns
     train_tokenizer([corpus], tokenizer_path, 400)
     assert (tokenizer_path / "tokenizer.json").stat().st_mtime_ns == before, "the same recipe leaves it as it is"
+    damaged = shutil.copytree(tokenizer_path, tmp_path / "damaged")
+    (damaged / "training.json").write_text("{")
+    with pytest.raises(InputError, match="another --out"):
+        train_tokenizer([corpus], damaged, 400)
     with pytest.raises(InputError, match="missing"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
