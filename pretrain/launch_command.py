@@ -114,6 +114,7 @@ def launch_local(**options: Any) -> int:
                 here.check_data_if_seen(config, remote=False)
             print(job.to_json() if options["as_json"] else local.describe(job))
             return 0
+        here.refuse_second(given.run_dir)
         if config is not None:
             here.check_here(config, given.run_dir, nproc, gpus, given.start)
         code = here.start_here(job, agent)
@@ -209,6 +210,7 @@ def launch_ray(**options: Any) -> int:
         return 0
     try:
         if config is not None and address is None:
+            here.refuse_second(given.run_dir)
             here.check_here(config, given.run_dir, job.world, gpus, given.start)
         elif config is not None:
             here.check_data_if_seen(config)

@@ -10,13 +10,13 @@ import sys
 from contextlib import closing, suppress
 from pathlib import Path
 
-from perilune.launch import local
-from perilune.launch.job import Job, JobError
+from perilune.launch import launchers, local
+from perilune.launch.job import Job, JobError, NoAnswer, Papers
 from perilune.parallel import late_compile
 from perilune.pretrain import checkpoint_files, doctor, presets, rules, vital_signs
 from perilune.pretrain import config as configs
 from perilune.pretrain.data.storage import is_url
-from perilune.pretrain.errors import InputError
+from perilune.pretrain.errors import InputError, Unanswered
 from perilune.pretrain.schema import Config
 from perilune.pretrain.start import Start, run_dir_of
 
@@ -60,6 +60,8 @@ def train_command(
             rules.check(config, world)
             check_data_if_seen(config, remote=False)
             return 0  # the plan may be for another machine
+        if not inside:
+            refuse_second(run_dir)
         check_here(config, run_dir, world, gpus, start)
         if inside:
             late_compile.import_megatron_core()
@@ -81,6 +83,16 @@ def ready(config: Config, remedy: str = "set valid.path, or valid.every=0") -> C
     """`config` with paths that mean the same in every folder, and its validation set. Raises InputError, which says the
     `remedy` for one that is not there."""
     return _with_valid(_absolute(config), remedy)
+
+
+def refuse_second(run_dir: Path) -> None:
+    """Refuse a run that is under way, before its configuration is written over. Raises InputError, Unanswered."""
+    try:
+        launchers.refuse_second(Papers(run_dir))
+    except NoAnswer as error:
+        raise Unanswered(str(error)) from error
+    except JobError as error:
+        raise InputError(str(error)) from error
 
 
 def check_here(config: Config, run_dir: Path, world: int, gpus: int, start: Start) -> None:

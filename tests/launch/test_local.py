@@ -289,6 +289,20 @@ def test_sigterm_is_passed_on_once_and_a_second_run_is_refused_meanwhile(tmp_pat
     assert "stopping after a checkpoint" in said
 
 
+def test_a_second_run_that_is_refused_leaves_the_first_ones_configuration(packed: Path, tmp_path: Path) -> None:
+    """Written over, the first run could go on with the second one's keys alone."""
+    with launched(tmp_path, "") as process:
+        up(tmp_path)
+        (tmp_path / "config.yaml").write_text("the first run's\n")
+        keys = ["train", "tiny", f"data.path={packed}", "valid.every=0", "optim.lr=9e-3", "--run", str(tmp_path)]
+        for words in (keys, ["launch", "local", "--", *keys], ["launch", "ray", "--", *keys]):
+            with started(COMMAND, *words) as other:
+                assert "is being trained already" in finish(other, 2, 30)
+            assert (tmp_path / "config.yaml").read_text() == "the first run's\n", words
+        process.terminate()
+        finish(process, 75, 30)
+
+
 def test_ctrl_c_ends_with_a_checkpoint_and_twice_at_once(tmp_path: Path) -> None:
     once, twice = tmp_path / "once", tmp_path / "twice"
     for folder in (once, twice):
