@@ -358,6 +358,24 @@ def test_a_controller_that_does_not_answer_takes_no_second_job(
     perilune_on(slurm, "jobs", "cancel", str(run))
 
 
+def test_a_damaged_checkpoint_counts_for_no_restart(slurm: slurm_cluster.Cluster, tmp_path: Path) -> None:
+    """The judge, a line of shell here, has set one aside twice; one restart is allowed."""
+    program = tmp_path / "program.sh"
+    program.write_text(
+        '#!/bin/sh\n[ "$1 $2" = "jobs judge" ] && echo "{\\"counts\\": false, \\"rank\\": 0}"\n'
+        '[ "$1" = jobs ] && exit 0\n[ "$PERILUNE_ATTEMPT" -ge 2 ] || exit 1\n'
+    )
+    program.chmod(0o755)
+    run = tmp_path / "run"
+    job = Job(("train",), run, folder=tmp_path, program=(str(program),), restarts=1)
+    file = tmp_path / "job.sh"
+    file.write_text(slurm_script.script(job, Placement(), file))
+    (run / "launch").mkdir(parents=True)
+    assert slurm.until(slurm("sbatch", "--parsable", str(file))) == "COMPLETED"
+    assert (run / "launch" / "attempts").read_text() == "2 0\n"
+    assert not (run / "launch" / "suspects").exists()
+
+
 def test_a_suspended_job_is_under_way(slurm: slurm_cluster.Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     job = slurm("sbatch", "--parsable", "--output=/dev/null", "--wrap=sleep 60")
     slurm.until(job, "RUNNING")
