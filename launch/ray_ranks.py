@@ -130,6 +130,26 @@ class RayAttempt:
                 f"the cluster gave no place for {nodes} nodes of {bundle(job)} in {job.start_s:.0f} s "
                 "(--start-within): is it busy? `ray status` shows it"
             ) from None
+        self._actors: list[Any] = []
+        self._pending: list[Any] = [None] * nodes
+        try:
+            self._begin()
+        except ray.exceptions.RayTaskError as error:  # the node is there, and says why: it would say so again
+            self._release()
+            why = " ".join(str(error.cause).split())
+            raise JobError(
+                f"a node cannot start its processes: {type(error.cause).__name__}: {why}; every node needs the folder "
+                f"{job.folder}, the run directory and {job.program[0]} at the same paths"
+            ) from None
+        except ray.exceptions.RayError as error:  # a node, or its actor, was lost meanwhile: as in any attempt
+            said = " ".join(str(error).split())[:300]
+            print(f"perilune: attempt {number} has not begun: {type(error).__name__}: {said}", file=sys.stderr)
+            self._code = -signal.SIGKILL
+            self._release()
+
+    def _begin(self) -> None:
+        """Start an actor on each node, and the ranks by them."""
+        job, nodes = self._job, self._nodes
         actor = ray.remote(NodeRanks)
         self._actors = [
             actor.options(
@@ -139,7 +159,6 @@ class RayAttempt:
             ).remote()
             for index in range(nodes)
         ]
-        self._pending: list[Any] = [None] * nodes
         host, port = ray.get(self._actors[0].store.remote(), timeout=job.start_s)
         world = nodes * job.procs_per_node
         env = {
@@ -150,7 +169,7 @@ class RayAttempt:
             "MASTER_PORT": str(port),
             "TORCHELASTIC_USE_AGENT_STORE": "True",  # rank 0 joins the store, and begins none
             "TORCHELASTIC_RESTART_COUNT": "0",
-            "PERILUNE_ATTEMPT": str(number),
+            "PERILUNE_ATTEMPT": str(self._number),
         }
         text = job.to_json()
         ray.get(
