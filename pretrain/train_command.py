@@ -109,16 +109,18 @@ def check_here(config: Config, run_dir: Path, world: int, gpus: int, start: Star
         _prepare(config, run_dir)
 
 
-def start_here(job: Job, agent: subprocess.Popen[bytes] | None = None) -> int:
-    """Run `job` on this machine, and say how it ended; returns the exit code. Raises InputError."""
+def start_here(job: Job, agent: subprocess.Popen[bytes] | None = None, to_stderr: bool = False) -> int:
+    """Run `job` on this machine, and say how it ended, on stdout or `to_stderr`; returns the exit code. Raises
+    InputError."""
+    said = sys.stderr if to_stderr else sys.stdout
     try:
-        code = local.run(job, agent)
+        code = local.run(job, agent, to_stderr)
     except JobError as error:
         raise InputError(str(error)) from error
     if code == 0 and job.arguments[0] == "train":
-        print(f"done: {job.run_dir}\nnext: tensorboard --logdir {job.run_dir / 'tensorboard'}")
+        print(f"done: {job.run_dir}\nnext: tensorboard --logdir {job.run_dir / 'tensorboard'}", file=said)
     elif code == 75:
-        print(f"preempted; the same command continues from the last checkpoint: {job.run_dir}")
+        print(f"preempted; the same command continues from the last checkpoint: {job.run_dir}", file=said)
     return code
 
 

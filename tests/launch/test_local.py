@@ -174,6 +174,21 @@ def test_bad_input_is_one_line_and_no_restart(packed: Path, tmp_path: Path) -> N
     assert not (tmp_path / "run").exists()
 
 
+def test_json_is_all_that_stdout_holds(packed: Path, tmp_path: Path) -> None:
+    keys = ["train", "tiny", f"data.path={packed}", "valid.every=0", "train.steps=1", "train.global_batch_size=1"]
+    words = [COMMAND, "launch", "local", "--json", "--", *keys, "--run", str(tmp_path / "run")]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+    found = json.loads(done.stdout)
+    assert found["code"] == 0 and found["where"]["launcher"] == "local" and found["job"]["arguments"][:2] == keys[:2]
+    assert "step 1/1" in done.stderr and "done: " in done.stderr
+
+
+def test_a_plot_is_refused_as_it_would_not_be_drawn(tmp_path: Path) -> None:
+    words = ["launch", "local", "--", "train", "tiny", "--plot", str(tmp_path / "a.png")]
+    with started(COMMAND, *words) as process:
+        assert "it goes with `perilune train --dry-run`" in finish(process, 2, 60)
+
+
 def test_dry_run_prints_what_would_run(packed: Path, tmp_path: Path) -> None:
     words = ["launch", "local", "--nproc", "2", "--threads", "3", "--env", "NCCL_DEBUG=INFO", "--dry-run", "--"]
     words += ["train", "tiny", f"data.path={packed}", "parallel.ep=2", "--run", str(tmp_path / "run")]
