@@ -78,7 +78,7 @@ def run(job: Job, agent: subprocess.Popen[bytes] | None = None, to_stderr: bool 
         if last and (last.killed or (job.restarts and not last.refused())):
             print(f"perilune: {text}", file=sys.stderr, flush=True)
 
-    with _asked() as asked:
+    with signals_that_ask() as asked:
         try:
             refuse_second(papers)
             papers.write(job, where())
@@ -223,7 +223,7 @@ def ended(code: int) -> str:
 
 
 @contextmanager
-def _asked() -> Iterator[list[int]]:
+def signals_that_ask() -> Iterator[list[int]]:
     """The signals that asked this process to stop, in the body."""
     found: list[int] = []
     numbers = [signal.SIGTERM, signal.SIGINT]

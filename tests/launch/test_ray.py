@@ -188,6 +188,47 @@ def test_a_cluster_of_its_own_trains_ends_and_is_gone(packed: Path, tmp_path: Pa
     assert [entry["step"] for entry in metrics(run)] == [1, 2]
 
 
+def test_a_second_cancel_ends_it_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_jobs, "state", lambda where: "running")
+    papers, where = Papers(tmp_path), {"launcher": "ray", "run_dir": str(tmp_path)}
+    papers.folder.mkdir()
+    asked = []
+    for _ in range(2):
+        ray_jobs.cancel(where, now=False)
+        asked.append(int(ray_driver.stop_file(papers).read_text()))
+    assert asked == [1, 2]
+
+
+HERE = """
+import sys
+from pathlib import Path
+from perilune.launch import ray_jobs
+from perilune.launch.job import Job, Papers
+driver = '''
+import sys, time
+from pathlib import Path
+while not Path(sys.argv[1], "launch", "stop").exists():
+    time.sleep(0.02)
+sys.exit(75)
+'''
+job = Job(("train",), Path(sys.argv[1]))
+ray_jobs.entrypoint = lambda job: [sys.executable, "-c", driver, sys.argv[1]]
+sys.exit(ray_jobs._run_here(job, Papers(job.run_dir)))
+"""
+
+
+def test_a_terminal_that_is_closed_asks_for_a_checkpoint(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-P", "-c", HERE, str(tmp_path)])
+    try:
+        deadline = time.monotonic() + 60
+        while not psutil.Process(process.pid).children() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGHUP)
+        assert process.wait(60) == 75
+    finally:
+        process.kill()
+
+
 def attempt_that_fails(error: Exception, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """`RayAttempt` number 2 on a cluster where starting its node's processes raises `error`."""
     import ray
