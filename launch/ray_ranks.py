@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -239,8 +240,9 @@ class RayAttempt:
         failed = [(when, rank) for rank, (code, when) in self._ends.items() if code not in _FAILED]
         exits = {str(rank): code for rank, (code, _) in self._ends.items() if code}
         file = exits_file(self._papers, self._number)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps({"first": min(failed)[1] if failed else None, "exits": exits}))
+        with suppress(OSError):  # on a full disk: the judgement does without
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps({"first": min(failed)[1] if failed else None, "exits": exits}))
 
     def _release(self) -> None:
         """The actors' end is the end of their ranks."""

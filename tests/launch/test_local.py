@@ -290,6 +290,32 @@ def test_exit_code_is_that_of_the_rank_that_failed_first(tmp_path: Path) -> None
     assert (tmp_path / "saved_0").exists(), "the other was asked to end"
 
 
+FULL = """
+import os, sys, time
+from pathlib import Path
+launch = Path(os.environ["PERILUNE_LAUNCH_DIR"])
+attempt = int(os.environ["PERILUNE_ATTEMPT"])
+if os.environ["RANK"] == "0":
+    if attempt == 0:
+        (launch / "events.jsonl").unlink()
+    for name in ("events.jsonl", f"failures/attempt_{attempt:03d}_exits.json"):
+        (launch / name).mkdir(exist_ok=True)
+else:
+    time.sleep(0.5)
+    sys.exit(1 if attempt == 0 else 75)
+"""
+
+
+def test_a_disk_that_takes_nothing_does_not_end_the_supervision(tmp_path: Path) -> None:
+    """Nothing is written from the first attempt on: it is said instead; restart and exit code are as ever."""
+    program = (sys.executable, "-S", "-c", FULL)
+    job = Job((), tmp_path, procs_per_node=2, restarts=1, program=program)
+    with started(sys.executable, "-c", LAUNCH, job.to_json()) as process:
+        said = finish(process, 75)
+    assert "events.jsonl cannot be written (Is a directory): {" in said and '"event": "restart"' in said
+    assert "Restart 1 of 1 in 1 s" in said and "Traceback" not in said
+
+
 def test_sigterm_is_passed_on_once_and_a_second_run_is_refused_meanwhile(tmp_path: Path) -> None:
     with launched(tmp_path, "") as process:
         up(tmp_path)
