@@ -21,6 +21,7 @@ import resource
 import signal
 import socket
 import sys
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -123,8 +124,9 @@ def main() -> int:
     result = agent.run()
     exits = {rank: failure.exitcode for rank, failure in result.failures.items()}
     file = Path(order["exits"])
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({"first": _first(result), "exits": exits}) + "\n")
+    with suppress(OSError):  # on a full disk: how they ended is told by the exit code all the same
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps({"first": _first(result), "exits": exits}) + "\n")
     return 0 if not exits else exits[_first(result)]
 
 

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import signal
+import sys
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -69,11 +70,14 @@ def begin(papers: Papers) -> None:
 
 
 def note(papers: Papers, event: str, **more: Any) -> None:
-    """Add a line to the events of the run. Raises OSError only if nothing can be written."""
-    papers.folder.mkdir(parents=True, exist_ok=True)
+    """Add a line to the events of the run. What cannot be written, on a full disk, is said on stderr, and no error."""
     line = json.dumps({"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **more})
-    with papers.events.open("a", encoding="utf-8") as file:
-        file.write(line + "\n")
+    try:
+        papers.folder.mkdir(parents=True, exist_ok=True)
+        with papers.events.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+    except OSError as error:
+        print(f"perilune: {papers.events} cannot be written ({error.strerror}): {line}", file=sys.stderr, flush=True)
 
 
 def events(papers: Papers) -> list[dict[str, Any]]:

@@ -30,16 +30,18 @@ _GONE_S = 10.0  # killed processes are waited for this long
 _TAIL = 15  # lines of a failed rank's log that are shown
 
 
-def prepare() -> subprocess.Popen[bytes]:
+def prepare(to_stderr: bool = False) -> subprocess.Popen[bytes]:
     """An agent that imports what it needs while the run is still being checked: for `run`, which gives it its order.
 
-    It ends by itself when this process does, or when its stdin is closed.
+    It ends by itself when this process does, or when its stdin is closed. Rank 0 writes its stdout to this process's,
+    or `to_stderr`.
     """
     child = str(Path(__file__).with_name("child.py"))
     agent = [sys.executable, "-P", "-m", "perilune.launch.agent"]
     return subprocess.Popen(
         [sys.executable, "-S", "-P", child, str(os.getpid()), "-", "-", *agent],
         stdin=subprocess.PIPE,
+        stdout=2 if to_stderr else None,
         start_new_session=True,
     )
 
@@ -53,19 +55,20 @@ def dismiss(agent: subprocess.Popen[bytes] | None) -> None:
             agent.stdin.close()
 
 
-def run(job: Job, agent: subprocess.Popen[bytes] | None = None) -> int:
+def run(job: Job, agent: subprocess.Popen[bytes] | None = None, to_stderr: bool = False) -> int:
     """Run `job` on this machine, to its end; returns its exit code, as `supervise` says.
 
-    Rank 0 writes its stdout to this terminal; everything else goes to RUN/logs/rank_N.log. SIGTERM, SIGINT and SIGHUP
-    are passed on once, and the ranks end with a checkpoint and 75; a second one ends them. A rank's failure is told by
-    the last lines of its log; a user's error by its one line. Raises JobError where the run is under way already.
+    Rank 0 writes its stdout to this process's, or `to_stderr` as a prepared `agent` does; everything else goes to
+    RUN/logs/rank_N.log. SIGTERM, SIGINT and SIGHUP are passed on once, and the ranks end with a checkpoint and 75; a
+    second one ends them. A rank's failure is told by the last lines of its log; a user's error by its one line. Raises
+    JobError where the run is under way already.
     """
     papers = Papers(job.run_dir)
     attempts: list[_Attempt] = []
 
     def start(number: int, nodes: int) -> _Attempt:
         del nodes
-        attempts.append(_Attempt(job, papers, number, agent if number == 0 and agent else prepare()))
+        attempts.append(_Attempt(job, papers, number, agent if number == 0 and agent else prepare(to_stderr)))
         return attempts[-1]
 
     def say(text: str) -> None:
@@ -75,7 +78,7 @@ def run(job: Job, agent: subprocess.Popen[bytes] | None = None) -> int:
         if last and (last.killed or (job.restarts and not last.refused())):
             print(f"perilune: {text}", file=sys.stderr, flush=True)
 
-    with _asked() as asked:
+    with signals_that_ask() as asked:
         try:
             refuse_second(papers)
             papers.write(job, where())
@@ -220,7 +223,7 @@ def ended(code: int) -> str:
 
 
 @contextmanager
-def _asked() -> Iterator[list[int]]:
+def signals_that_ask() -> Iterator[list[int]]:
     """The signals that asked this process to stop, in the body."""
     found: list[int] = []
     numbers = [signal.SIGTERM, signal.SIGINT]

@@ -49,7 +49,7 @@ def main(arguments: list[str]) -> int:
     import ray
 
     from perilune.launch.ray_ranks import RayAttempt, nodes_there
-    from perilune.launch.supervise import supervise
+    from perilune.launch.supervise import note, supervise
 
     papers = Papers(run_dir)
     job, _ = papers.read()
@@ -65,10 +65,10 @@ def main(arguments: list[str]) -> int:
         print(f"perilune: {text}", file=sys.stderr, flush=True)
 
     with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as temporary:  # sockets' paths have 107 bytes
-        _connect(job, temporary if here else None)
-        for number in (signal.SIGTERM, signal.SIGINT):  # Ray has put its own in their place
-            signal.signal(number, lambda number, frame: signals.append(number))
         try:
+            _connect(job, temporary if here else None)
+            for number in (signal.SIGTERM, signal.SIGINT):  # Ray has put its own in their place
+                signal.signal(number, lambda number, frame: signals.append(number))
             return supervise(
                 job,
                 papers,
@@ -78,13 +78,27 @@ def main(arguments: list[str]) -> int:
                 say=say,
             )
         except JobError as error:
-            say(str(error))
+            note(papers, "gave_up", why=str(error))
+            say(f"giving up: {error}")
             return 1
         finally:
             ray.shutdown()
 
 
 def _connect(job: Job, temporary: str | None) -> None:
+    """Join the cluster, or begin one in the folder `temporary`. Raises JobError with what Ray said."""
+    try:
+        _init(job, temporary)
+    except Exception as error:  # bare ones too: Ray's processes do not start, or there is no cluster
+        said = " ".join(str(error).split())[:500]
+        if temporary is None:
+            raise JobError(f"Ray did not join its cluster: {said}; what does `ray status` say there?") from error
+        raise JobError(
+            f"Ray did not start on this machine: {said}; is it busy, or short of memory or of space in /tmp?"
+        ) from error
+
+
+def _init(job: Job, temporary: str | None) -> None:
     import ray
 
     quiet = {"log_to_driver": False, "configure_logging": True, "logging_level": logging.WARNING}

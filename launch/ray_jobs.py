@@ -16,6 +16,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -148,20 +149,14 @@ def _run_here(job: Job, papers: Papers) -> int:
     papers.write(job, {**local.where(), "launcher": "ray", "run_dir": str(job.run_dir)})
     child = str(Path(local.__file__).with_name("child.py"))
     command = [sys.executable, "-S", "-P", child, str(os.getpid()), "-", "-", *entrypoint(job), "--here"]
-    asked: list[int] = []
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    before = {number: signal.signal(number, lambda number, frame: asked.append(number)) for number in numbers}
-    try:
+    with local.signals_that_ask() as asked:
         driver = subprocess.Popen(command, env={**os.environ, **own_cluster(os.environ)}, start_new_session=True)
         told = 0
         while (code := driver.poll()) is None:
-            if len(asked) > told:
-                told = len(asked)
-                _ask(papers, told)
+            if (more := len(asked) - told) > 0:
+                told += more
+                _ask(papers, more)
             time.sleep(0.1)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
     return code if code >= 0 else 1
 
 
@@ -173,9 +168,9 @@ def _stay(client: Any, number: str, papers: Papers) -> int:
     told, seen = 0, 0
     try:
         while True:
-            if len(asked) > told:
-                told = len(asked)
-                _ask(papers, told)
+            if (more := len(asked) - told) > 0:
+                told += more
+                _ask(papers, more)
             status = client.get_job_status(number)
             text = client.get_job_logs(number)
             print(text[seen:], end="", file=sys.stderr, flush=True)
@@ -194,6 +189,9 @@ def _stay(client: Any, number: str, papers: Papers) -> int:
 
 
 def _ask(papers: Papers, times: int) -> None:
+    """Ask so many times more: somebody may have asked already, from elsewhere."""
+    with suppress(OSError, ValueError):
+        times += int(stop_file(papers).read_text() or 0)
     new = stop_file(papers).with_suffix(".new")
     new.write_text(str(times))
     os.replace(new, stop_file(papers))

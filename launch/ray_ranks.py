@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,26 @@ class RayAttempt:
                 f"the cluster gave no place for {nodes} nodes of {bundle(job)} in {job.start_s:.0f} s "
                 "(--start-within): is it busy? `ray status` shows it"
             ) from None
+        self._actors: list[Any] = []
+        self._pending: list[Any] = [None] * nodes
+        try:
+            self._begin()
+        except ray.exceptions.RayTaskError as error:  # the node is there, and says why: it would say so again
+            self._release()
+            why = " ".join(str(error.cause).split())
+            raise JobError(
+                f"a node cannot start its processes: {type(error.cause).__name__}: {why}; every node needs the folder "
+                f"{job.folder}, the run directory and {job.program[0]} at the same paths"
+            ) from None
+        except ray.exceptions.RayError as error:  # a node, or its actor, was lost meanwhile: as in any attempt
+            said = " ".join(str(error).split())[:300]
+            print(f"perilune: attempt {number} has not begun: {type(error).__name__}: {said}", file=sys.stderr)
+            self._code = -signal.SIGKILL
+            self._release()
+
+    def _begin(self) -> None:
+        """Start an actor on each node, and the ranks by them."""
+        job, nodes = self._job, self._nodes
         actor = ray.remote(NodeRanks)
         self._actors = [
             actor.options(
@@ -139,7 +160,6 @@ class RayAttempt:
             ).remote()
             for index in range(nodes)
         ]
-        self._pending: list[Any] = [None] * nodes
         host, port = ray.get(self._actors[0].store.remote(), timeout=job.start_s)
         world = nodes * job.procs_per_node
         env = {
@@ -150,7 +170,7 @@ class RayAttempt:
             "MASTER_PORT": str(port),
             "TORCHELASTIC_USE_AGENT_STORE": "True",  # rank 0 joins the store, and begins none
             "TORCHELASTIC_RESTART_COUNT": "0",
-            "PERILUNE_ATTEMPT": str(number),
+            "PERILUNE_ATTEMPT": str(self._number),
         }
         text = job.to_json()
         ray.get(
@@ -220,8 +240,9 @@ class RayAttempt:
         failed = [(when, rank) for rank, (code, when) in self._ends.items() if code not in _FAILED]
         exits = {str(rank): code for rank, (code, _) in self._ends.items() if code}
         file = exits_file(self._papers, self._number)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps({"first": min(failed)[1] if failed else None, "exits": exits}))
+        with suppress(OSError):  # on a full disk: the judgement does without
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps({"first": min(failed)[1] if failed else None, "exits": exits}))
 
     def _release(self) -> None:
         """The actors' end is the end of their ranks."""

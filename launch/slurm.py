@@ -24,6 +24,10 @@ _ON_ITS_WAY_S = 2.0  # a submission that reached the controller before a questio
 _AWAY = re.compile(
     r"(?i)unable to contact|timed out|zero bytes|standby|temporarily|connection refused|talking to the database"
 )
+# What squeue says of jobs that wait, and of those that are over; any other has its nodes, as one whose nodes start up.
+_WAITS = ("PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT")
+_OVER = ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL",
+         "PREEMPTED", "REVOKED")  # fmt: skip
 _ENDED = {"COMPLETED": "done", "CANCELLED": "cancelled", "TIMEOUT": "failed", "FAILED": "failed", "NODE_FAIL": "failed"}
 
 
@@ -113,8 +117,8 @@ def _kept(papers: list[Papers]) -> dict[Path, bytes | None]:
 
 
 def state(where: dict[str, Any]) -> str:
-    """`running`, `pending (REASON)`, `done`, `failed`, ... of its newest job that is not waiting, as Slurm says it;
-    `unknown: WHY` where it does not."""
+    """`running`, `running (suspended)`, `pending (REASON)`, `done`, ... of its newest job that is not waiting,
+    as Slurm says it; `unknown: WHY` where it does not."""
     try:
         jobs = _jobs(where)
         live = _queue(jobs)
@@ -122,10 +126,11 @@ def state(where: dict[str, Any]) -> str:
         return f"unknown: {error}"
     if not jobs:
         return "not submitted"
-    for word in ("RUNNING", "COMPLETING", "PENDING"):
-        for _, kind, reason in live:
-            if kind == word:
-                return "running" if word != "PENDING" else f"pending ({reason})"
+    kinds = [kind for _, kind, _ in live if kind not in _WAITS]
+    if kinds:
+        return "running" if {"RUNNING", "COMPLETING"} & set(kinds) else f"running ({kinds[0].lower()})"
+    if live:
+        return f"pending ({live[0][2]})"
     for number in reversed(jobs):
         ended = _ended(number)
         if ended:
@@ -139,7 +144,7 @@ def cancel(where: dict[str, Any], now: bool) -> None:
     live = _queue(jobs)
     if not live:
         raise JobError(f"Slurm has no job {', '.join(jobs) or 'of this run'} that waits or runs; nothing to cancel")
-    waiting = [number for number, kind, _ in live if kind in ("PENDING", "REQUEUED")]
+    waiting = [number for number, kind, _ in live if kind in _WAITS]
     running = [number for number, kind, _ in live if number not in waiting]
     if waiting:
         _slurm(["scancel", *waiting])
@@ -186,8 +191,7 @@ def _queue(jobs: list[str]) -> list[tuple[str, str, str]]:
             if "Invalid job id" not in str(error):
                 raise
     rows = [line.split("|") for line in text.splitlines() if line.count("|") == 2]
-    over = ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL")
-    return [(row[0], row[1], row[2]) for row in rows if row[1] not in over]
+    return [(row[0], row[1], row[2]) for row in rows if row[1] not in _OVER]
 
 
 def _ended(number: str) -> str:

@@ -14,6 +14,9 @@ from perilune.launch.watch import Watch, read_beat
 from perilune.pretrain.errors import InputError
 
 _HUNG = 3  # exit code of `jobs watch`
+_ASK_S = 5.0  # between two questions to a cluster whether a run whose logs are followed goes on
+# Of a run that may write more: it waits for its next attempt; its cluster does not say; it is on another machine.
+_GOES_ON = ("running", "pending", "stopping", "unknown", "on ")
 
 
 def status(run_dir: Path, as_json: bool) -> int:
@@ -25,6 +28,7 @@ def status(run_dir: Path, as_json: bool) -> int:
         return 0
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(show_header=False, box=None, pad_edge=False)
     last = found["last_event"]
@@ -38,7 +42,7 @@ def status(run_dir: Path, as_json: bool) -> int:
         ("behind", _behind(found)),
         ("last event", f"{last['time']} {last['event']}: {last.get('why', '')}".rstrip(": ") if last else "none"),
     ):
-        table.add_row(f"[bold]{name}[/bold]", value)
+        table.add_row(Text(name, "bold"), Text(value))  # an error's text may have brackets, which are no markup
     console = Console(highlight=False, soft_wrap=True)
     console.print(table)
     ranks = Table(
@@ -46,7 +50,7 @@ def status(run_dir: Path, as_json: bool) -> int:
     )
     for beat in sorted(found["ranks"], key=lambda beat: (beat["step"], -beat["age_s"]))[:16]:
         cells = (beat["rank"], beat["step"], beat["phase"], f"{beat['age_s']:.0f} s ago", beat["host"], beat["pid"])
-        ranks.add_row(*map(str, cells))
+        ranks.add_row(*(Text(str(cell)) for cell in cells))
     if found["ranks"]:
         console.print(ranks)
         if len(found["ranks"]) > 16:
@@ -99,8 +103,11 @@ def logs(run_dir: Path, rank: int | None, lines: int, follow: bool) -> int:
     ends: dict[Path, int] = {}
     for file in files:
         ends[file] = _tail(file, lines, title=len(files) > 1)
+    alive, asked = True, 0.0
     while follow:
-        alive = launcher(where).state(where) == "running"
+        if (now := time.monotonic()) - asked >= (_ASK_S if where["launcher"] != "local" else 0.0):
+            asked = now
+            alive = launcher(where).state(where).startswith(_GOES_ON)
         for file in _log_files(papers, rank):
             ends[file] = _more(file, ends.get(file, 0), title=len(files) > 1)
         if not alive:
@@ -150,10 +157,12 @@ def _more(file: Path, seen: int, title: bool) -> int:
 def cancel(run_dir: Path, now: bool) -> int:
     """`perilune jobs cancel`; returns the exit code. Raises InputError where nothing runs."""
     papers, _, where = _papers(run_dir)
+    mark = papers.folder / "cancelled"  # for a Slurm script that is being ended for another reason too
     try:
-        papers.folder.joinpath("cancelled").touch()  # for a Slurm script that is being ended for another reason too
+        mark.touch()
         launcher(where).cancel(where, now)
     except JobError as error:
+        mark.unlink(missing_ok=True)  # the run goes on, and its time limit is no wish to end it
         raise InputError(str(error)) from error
     judging.note(papers, "cancelled", now=now)
     print("asked to end at once" if now else "asked to end with a checkpoint; the same launch continues it")

@@ -39,6 +39,8 @@ def asked(arguments: tuple[str, ...]) -> Asked:
     for option, given in (("--nproc", params["nproc"]), ("--dry-run", params["dry_run"])):
         if given:
             raise InputError(f"{option} belongs to `perilune launch`, before the --")
+    if params["plot"]:
+        raise InputError(f"--plot {params['plot']} draws what is planned: it goes with `perilune train --dry-run`")
     config = configs.resolve(params["preset"], params["overrides"], params["config_file"])
     run_dir = (params["run_dir"] or run_dir_of(config)).resolve()
     start = Start(params["init_from"], params["after"])
@@ -102,7 +104,8 @@ def launch_local(**options: Any) -> int:
     from perilune.launch import local
     from perilune.pretrain import train_command as here
 
-    agent = None if options["dry_run"] else local.prepare()  # it imports what it needs during the checks
+    as_json = options["as_json"]
+    agent = None if options["dry_run"] else local.prepare(as_json)  # it imports what it needs during the checks
     try:
         given = asked(options["arguments"])
         config = given.config and here.ready(given.config)
@@ -112,14 +115,15 @@ def launch_local(**options: Any) -> int:
         if options["dry_run"]:
             if config is not None:
                 here.check_data_if_seen(config, remote=False)
-            print(job.to_json() if options["as_json"] else local.describe(job))
+            print(job.to_json() if as_json else local.describe(job))
             return 0
+        here.refuse_second(given.run_dir)
         if config is not None:
             here.check_here(config, given.run_dir, nproc, gpus, given.start)
-        code = here.start_here(job, agent)
+        code = here.start_here(job, agent, as_json)
     finally:
         local.dismiss(agent)
-    if options["as_json"]:
+    if as_json:
         _, where = Papers(job.run_dir).read()
         print(json.dumps({"job": json.loads(job.to_json()), "where": where, "code": code}))
     return code
@@ -209,6 +213,7 @@ def launch_ray(**options: Any) -> int:
         return 0
     try:
         if config is not None and address is None:
+            here.refuse_second(given.run_dir)
             here.check_here(config, given.run_dir, job.world, gpus, given.start)
         elif config is not None:
             here.check_data_if_seen(config)

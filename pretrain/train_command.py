@@ -10,13 +10,13 @@ import sys
 from contextlib import closing, suppress
 from pathlib import Path
 
-from perilune.launch import local
-from perilune.launch.job import Job, JobError
+from perilune.launch import launchers, local
+from perilune.launch.job import Job, JobError, NoAnswer, Papers
 from perilune.parallel import late_compile
 from perilune.pretrain import checkpoint_files, doctor, presets, rules, vital_signs
 from perilune.pretrain import config as configs
 from perilune.pretrain.data.storage import is_url
-from perilune.pretrain.errors import InputError
+from perilune.pretrain.errors import InputError, Unanswered
 from perilune.pretrain.schema import Config
 from perilune.pretrain.start import Start, run_dir_of
 
@@ -60,6 +60,8 @@ def train_command(
             rules.check(config, world)
             check_data_if_seen(config, remote=False)
             return 0  # the plan may be for another machine
+        if not inside:
+            refuse_second(run_dir)
         check_here(config, run_dir, world, gpus, start)
         if inside:
             late_compile.import_megatron_core()
@@ -83,6 +85,16 @@ def ready(config: Config, remedy: str = "set valid.path, or valid.every=0") -> C
     return _with_valid(_absolute(config), remedy)
 
 
+def refuse_second(run_dir: Path) -> None:
+    """Refuse a run that is under way, before its configuration is written over. Raises InputError, Unanswered."""
+    try:
+        launchers.refuse_second(Papers(run_dir))
+    except NoAnswer as error:
+        raise Unanswered(str(error)) from error
+    except JobError as error:
+        raise InputError(str(error)) from error
+
+
 def check_here(config: Config, run_dir: Path, world: int, gpus: int, start: Start) -> None:
     """Refuse what cannot run before a process of it starts, and make its folder. Raises InputError."""
     rules.check(config, world)
@@ -97,16 +109,18 @@ def check_here(config: Config, run_dir: Path, world: int, gpus: int, start: Star
         _prepare(config, run_dir)
 
 
-def start_here(job: Job, agent: subprocess.Popen[bytes] | None = None) -> int:
-    """Run `job` on this machine, and say how it ended; returns the exit code. Raises InputError."""
+def start_here(job: Job, agent: subprocess.Popen[bytes] | None = None, to_stderr: bool = False) -> int:
+    """Run `job` on this machine, and say how it ended, on stdout or `to_stderr`; returns the exit code. Raises
+    InputError."""
+    said = sys.stderr if to_stderr else sys.stdout
     try:
-        code = local.run(job, agent)
+        code = local.run(job, agent, to_stderr)
     except JobError as error:
         raise InputError(str(error)) from error
     if code == 0 and job.arguments[0] == "train":
-        print(f"done: {job.run_dir}\nnext: tensorboard --logdir {job.run_dir / 'tensorboard'}")
+        print(f"done: {job.run_dir}\nnext: tensorboard --logdir {job.run_dir / 'tensorboard'}", file=said)
     elif code == 75:
-        print(f"preempted; the same command continues from the last checkpoint: {job.run_dir}")
+        print(f"preempted; the same command continues from the last checkpoint: {job.run_dir}", file=said)
     return code
 
 

@@ -174,6 +174,21 @@ def test_bad_input_is_one_line_and_no_restart(packed: Path, tmp_path: Path) -> N
     assert not (tmp_path / "run").exists()
 
 
+def test_json_is_all_that_stdout_holds(packed: Path, tmp_path: Path) -> None:
+    keys = ["train", "tiny", f"data.path={packed}", "valid.every=0", "train.steps=1", "train.global_batch_size=1"]
+    words = [COMMAND, "launch", "local", "--json", "--", *keys, "--run", str(tmp_path / "run")]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+    found = json.loads(done.stdout)
+    assert found["code"] == 0 and found["where"]["launcher"] == "local" and found["job"]["arguments"][:2] == keys[:2]
+    assert "step 1/1" in done.stderr and "done: " in done.stderr
+
+
+def test_a_plot_is_refused_as_it_would_not_be_drawn(tmp_path: Path) -> None:
+    words = ["launch", "local", "--", "train", "tiny", "--plot", str(tmp_path / "a.png")]
+    with started(COMMAND, *words) as process:
+        assert "it goes with `perilune train --dry-run`" in finish(process, 2, 60)
+
+
 def test_dry_run_prints_what_would_run(packed: Path, tmp_path: Path) -> None:
     words = ["launch", "local", "--nproc", "2", "--threads", "3", "--env", "NCCL_DEBUG=INFO", "--dry-run", "--"]
     words += ["train", "tiny", f"data.path={packed}", "parallel.ep=2", "--run", str(tmp_path / "run")]
@@ -275,6 +290,32 @@ def test_exit_code_is_that_of_the_rank_that_failed_first(tmp_path: Path) -> None
     assert (tmp_path / "saved_0").exists(), "the other was asked to end"
 
 
+FULL = """
+import os, sys, time
+from pathlib import Path
+launch = Path(os.environ["PERILUNE_LAUNCH_DIR"])
+attempt = int(os.environ["PERILUNE_ATTEMPT"])
+if os.environ["RANK"] == "0":
+    if attempt == 0:
+        (launch / "events.jsonl").unlink()
+    for name in ("events.jsonl", f"failures/attempt_{attempt:03d}_exits.json"):
+        (launch / name).mkdir(exist_ok=True)
+else:
+    time.sleep(0.5)
+    sys.exit(1 if attempt == 0 else 75)
+"""
+
+
+def test_a_disk_that_takes_nothing_does_not_end_the_supervision(tmp_path: Path) -> None:
+    """Nothing is written from the first attempt on: it is said instead; restart and exit code are as ever."""
+    program = (sys.executable, "-S", "-c", FULL)
+    job = Job((), tmp_path, procs_per_node=2, restarts=1, program=program)
+    with started(sys.executable, "-c", LAUNCH, job.to_json()) as process:
+        said = finish(process, 75)
+    assert "events.jsonl cannot be written (Is a directory): {" in said and '"event": "restart"' in said
+    assert "Restart 1 of 1 in 1 s" in said and "Traceback" not in said
+
+
 def test_sigterm_is_passed_on_once_and_a_second_run_is_refused_meanwhile(tmp_path: Path) -> None:
     with launched(tmp_path, "") as process:
         up(tmp_path)
@@ -287,6 +328,20 @@ def test_sigterm_is_passed_on_once_and_a_second_run_is_refused_meanwhile(tmp_pat
         said = finish(process, 75, 30)
     assert (tmp_path / "saved_0").exists() and (tmp_path / "saved_1").exists()
     assert "stopping after a checkpoint" in said
+
+
+def test_a_second_run_that_is_refused_leaves_the_first_ones_configuration(packed: Path, tmp_path: Path) -> None:
+    """Written over, the first run could go on with the second one's keys alone."""
+    with launched(tmp_path, "") as process:
+        up(tmp_path)
+        (tmp_path / "config.yaml").write_text("the first run's\n")
+        keys = ["train", "tiny", f"data.path={packed}", "valid.every=0", "optim.lr=9e-3", "--run", str(tmp_path)]
+        for words in (keys, ["launch", "local", "--", *keys], ["launch", "ray", "--", *keys]):
+            with started(COMMAND, *words) as other:
+                assert "is being trained already" in finish(other, 2, 30)
+            assert (tmp_path / "config.yaml").read_text() == "the first run's\n", words
+        process.terminate()
+        finish(process, 75, 30)
 
 
 def test_ctrl_c_ends_with_a_checkpoint_and_twice_at_once(tmp_path: Path) -> None:

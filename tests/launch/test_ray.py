@@ -188,6 +188,113 @@ def test_a_cluster_of_its_own_trains_ends_and_is_gone(packed: Path, tmp_path: Pa
     assert [entry["step"] for entry in metrics(run)] == [1, 2]
 
 
+def test_a_second_cancel_ends_it_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_jobs, "state", lambda where: "running")
+    papers, where = Papers(tmp_path), {"launcher": "ray", "run_dir": str(tmp_path)}
+    papers.folder.mkdir()
+    asked = []
+    for _ in range(2):
+        ray_jobs.cancel(where, now=False)
+        asked.append(int(ray_driver.stop_file(papers).read_text()))
+    assert asked == [1, 2]
+
+
+HERE = """
+import sys
+from pathlib import Path
+from perilune.launch import ray_jobs
+from perilune.launch.job import Job, Papers
+driver = '''
+import sys, time
+from pathlib import Path
+while not Path(sys.argv[1], "launch", "stop").exists():
+    time.sleep(0.02)
+sys.exit(75)
+'''
+job = Job(("train",), Path(sys.argv[1]))
+ray_jobs.entrypoint = lambda job: [sys.executable, "-c", driver, sys.argv[1]]
+sys.exit(ray_jobs._run_here(job, Papers(job.run_dir)))
+"""
+
+
+def test_a_terminal_that_is_closed_asks_for_a_checkpoint(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-P", "-c", HERE, str(tmp_path)])
+    try:
+        deadline = time.monotonic() + 60
+        while not psutil.Process(process.pid).children() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGHUP)
+        assert process.wait(60) == 75
+    finally:
+        process.kill()
+
+
+def attempt_that_fails(error: Exception, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`RayAttempt` number 2 on a cluster where starting its node's processes raises `error`."""
+    import ray
+
+    from perilune.launch import ray_ranks
+
+    class Fails:
+        def ready(self) -> None: ...
+
+        def options(self, **more: object) -> None:
+            raise error
+
+    monkeypatch.setattr(ray_ranks, "placement_group", lambda bundles, strategy: Fails())
+    monkeypatch.setattr(ray_ranks, "remove_placement_group", lambda group: (folder / "released").touch())
+    monkeypatch.setattr(ray, "get", lambda ref, timeout: None)
+    monkeypatch.setattr(ray, "remote", lambda kind: Fails())
+    job = Job(("train",), folder / "run", folder=folder)
+    try:
+        return ray_ranks.RayAttempt(job, Papers(job.run_dir), 2, 1)
+    finally:
+        assert (folder / "released").exists()
+
+
+def test_a_node_that_is_lost_at_the_start_is_an_attempt_that_was_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import ray
+
+    attempt = attempt_that_fails(ray.exceptions.ActorDiedError(), tmp_path, monkeypatch)
+    assert attempt.poll() == -signal.SIGKILL
+    assert "perilune: attempt 2 has not begun: ActorDiedError: " in capsys.readouterr().err
+
+
+def test_what_a_node_lacks_is_told_and_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    lacks = ray.exceptions.RayTaskError("start", "its stack", FileNotFoundError(2, "No such file", str(tmp_path)))
+    with pytest.raises(JobError, match=f"FileNotFoundError: .*{tmp_path}.*; every node needs the folder {tmp_path}"):
+        attempt_that_fails(lacks.as_instanceof_cause(), tmp_path, monkeypatch)
+
+
+def test_a_cluster_that_does_not_start_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ray raises a bare Exception on a machine that is too busy for it."""
+    import ray
+
+    def init(**more: object) -> None:
+        raise Exception("The current node timed out during startup.")
+
+    papers = Papers(tmp_path)
+    papers.write(Job(("train",), tmp_path, folder=tmp_path), {"launcher": "ray"})
+    monkeypatch.setattr(ray, "init", init)
+    for name in ray_driver.own_cluster({}):
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        assert ray_driver.main([str(tmp_path), "--here"]) == 1
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    said = capsys.readouterr().err
+    assert said.startswith("perilune: giving up: Ray did not start on this machine: The current node timed out")
+    assert said.count("\n") == 1 and [event["event"] for event in events(tmp_path)] == ["gave_up"]
+
+
 @pytest.mark.parametrize(
     ("golden", "words"),
     [

@@ -179,6 +179,34 @@ def test_accounting_that_does_not_answer_is_no_accounting_that_is_not_there(
         refuse_second(papers)
 
 
+@pytest.mark.parametrize(
+    ("word", "state"),
+    [
+        ("CONFIGURING", "running (configuring)"),  # its nodes start up, in a cloud for minutes
+        ("SUSPENDED", "running (suspended)"),
+        ("STAGE_OUT", "running (stage_out)"),
+        ("REQUEUE_HOLD", "pending (why)"),
+        ("PREEMPTED", "preempted"),
+    ],
+)
+def test_a_job_that_neither_runs_nor_waits_is_under_way(
+    word: str, state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, line in (("squeue", f"echo '7|{word}|why'"), ("sacct", f"echo '{word}|0:0'")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    where = {"launcher": "slurm", "jobs": ["7"]}
+    assert slurm_jobs.state(where) == state
+    papers = Papers(tmp_path / "run")
+    papers.write(Job(("train",), tmp_path / "run", folder=tmp_path), where)
+    if state == "preempted":
+        refuse_second(papers)
+    else:
+        with pytest.raises(JobError, match="is being trained already, by slurm's job 7"):
+            refuse_second(papers)
+
+
 # --- a real one ---------------------------------------------------------------------------------------------------
 
 
@@ -328,6 +356,34 @@ def test_a_controller_that_does_not_answer_takes_no_second_job(
     jobs = slurm("squeue", "--noheader", "--states=PENDING", "--format=%i").split()
     assert len(jobs) == 1, (jobs, again)
     perilune_on(slurm, "jobs", "cancel", str(run))
+
+
+def test_a_damaged_checkpoint_counts_for_no_restart(slurm: slurm_cluster.Cluster, tmp_path: Path) -> None:
+    """The judge, a line of shell here, has set one aside twice; one restart is allowed."""
+    program = tmp_path / "program.sh"
+    program.write_text(
+        '#!/bin/sh\n[ "$1 $2" = "jobs judge" ] && echo "{\\"counts\\": false, \\"rank\\": 0}"\n'
+        '[ "$1" = jobs ] && exit 0\n[ "$PERILUNE_ATTEMPT" -ge 2 ] || exit 1\n'
+    )
+    program.chmod(0o755)
+    run = tmp_path / "run"
+    job = Job(("train",), run, folder=tmp_path, program=(str(program),), restarts=1)
+    file = tmp_path / "job.sh"
+    file.write_text(slurm_script.script(job, Placement(), file))
+    (run / "launch").mkdir(parents=True)
+    assert slurm.until(slurm("sbatch", "--parsable", str(file))) == "COMPLETED"
+    assert (run / "launch" / "attempts").read_text() == "2 0\n"
+    assert not (run / "launch" / "suspects").exists()
+
+
+def test_a_suspended_job_is_under_way(slurm: slurm_cluster.Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = slurm("sbatch", "--parsable", "--output=/dev/null", "--wrap=sleep 60")
+    slurm.until(job, "RUNNING")
+    slurm("scontrol", "suspend", job)
+    monkeypatch.setenv("SLURM_CONF", slurm.env["SLURM_CONF"])
+    assert slurm_jobs.state({"launcher": "slurm", "jobs": [job]}) == "running (suspended)"
+    slurm("scontrol", "resume", job)
+    slurm("scancel", job)
 
 
 def test_an_array_of_two_with_a_gpu_each_rank(slurm: slurm_cluster.Cluster, tmp_path: Path) -> None:
