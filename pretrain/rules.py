@@ -240,6 +240,11 @@ def _contrastive(config: Config, mesh: Mesh) -> list[str]:
                 f"{asked} with parallel.{axis}={degree} is not built: each rank compares its images with texts where "
                 f"it has both whole; set parallel.{axis}=1 and leave the processes to data parallelism"
             )
+    if config.precision.compute == "bf16" and not p.zero1:
+        problems.append(
+            f"{asked} has fp32 weights among those of precision.compute=bf16, which Megatron-core's optimizer cannot "
+            "save with parallel.zero1=false; set it to true"
+        )
     if not config.data.document_mask:
         problems.append(
             f"{asked} takes the text that follows an image in its document, and data.document_mask=false makes one "

@@ -206,6 +206,7 @@ GOOD = replace(pairs_ranks.config("siglip"), optim=presets.get("tiny").optim)
         ("parallel", {"pp": 2}, 2, "parallel.pp=2 is not built"),
         ("parallel", {"cp": 2}, 2, "parallel.cp=2 is not built"),
         ("data", {"document_mask": False}, 1, "set it to true"),
+        ("precision", {"compute": "bf16"}, 1, "cannot save with parallel.zero1=false; set it to true"),
         ("contrastive", {"hidden_size": 36, "num_attention_heads": 4}, 1, "=36 must be a multiple of 2 x"),
         ("contrastive", {"num_attention_heads": 1}, 2, "num_attention_heads=1 does not divide by parallel.tp=2"),
         ("contrastive", {"feature_dim": 0}, 1, "contrastive.feature_dim=0 must be at least 1"),
