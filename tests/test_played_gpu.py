@@ -59,9 +59,7 @@ def test_what_a_gpu_refuses_is_refused(players: Workers) -> None:
         "tp2 ep2",
         "cp2 micro2",
         "pp2 vpp2 micro2 (mtp2)",
-        "dp2 ep2 micro2 (moonlight)",
         "tp2 micro2 (vlm)",
-        "tp2 micro2 muon",
     ],
 )
 def test_a_layout_equals_one_process_on_the_cpu(name: str, matrices: tuple[Matrix, Matrix]) -> None:
