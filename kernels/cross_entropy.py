@@ -1,15 +1,18 @@
 """The loss of each token from its hidden state: output projection and cross-entropy in chunks of tokens.
 
-Neither logits nor probabilities of many tokens are ever held in fp32: those of KEPT numbers at most, of more a chunk's,
-which backward computes again. Where bf16 is multiplied as such, the logits of all tokens are held in bf16. What is
-held, the gradients replace. The vocabulary may be split over tensor-parallel ranks (Megatron-LM, arXiv 1909.08053,
-section 3).
+Neither logits nor probabilities of many tokens are ever held in fp32: those of KEPT numbers at most, of more a
+chunk's, which backward computes again. Where bf16 is multiplied as such, the logits of all tokens are held in bf16.
+What is held, the gradients replace. The vocabulary may be split over tensor-parallel ranks (Megatron-LM, arXiv
+1909.08053, section 3). On a GPU with Triton each logit is read once and, in backward, read and written once, in the
+type that it has (`kernels/cross_entropy_triton.py`).
 
 T tokens, H hidden, V vocabulary of this rank, C tokens of a chunk.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
@@ -64,19 +67,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         at_T = at_T.clamp(0, V - 1)
         narrow = hidden_TH.dtype in (torch.bfloat16, torch.float16)
         kept_TV = hidden_TH.new_empty(T, V) if backward and keep and (narrow or T * V <= KEPT) else None
-        buffer = _buffer(hidden_TH, V)
-        most_T, sum_T, label_T = (buffer.new_empty(T) for _ in range(3))
-        whole = kept_TV is not None and kept_TV.dtype == buffer.dtype
-        together = TOGETHER if hidden_TH.device.type == "cpu" else T
-        for rows in [slice(0, T)] if whole else _chunks(hidden_TH, V):
-            # In fp32 what follows in place leaves exp(logit - most_T) in what is kept.
-            logits = _logits(hidden_TH[rows], wide_VH, buffer, kept_TV[rows] if kept_TV is not None else None)
-            label_T[rows] = logits.gather(1, at_T[rows, None])[:, 0]
-            for part, most, total in zip(
-                *(x.split(together) for x in (logits, most_T[rows], sum_T[rows])), strict=True
-            ):
-                torch.amax(part, -1, out=most)
-                torch.sum(part.sub_(most[:, None]).exp_(), -1, out=total)
+        wide = torch.float64 if hidden_TH.dtype == torch.float64 else torch.float32
+        most_T, sum_T, label_T = (hidden_TH.new_empty(T, dtype=wide) for _ in range(3))
+        read = _read_once if _by_triton(hidden_TH) else _read
+        read(hidden_TH, wide_VH, kept_TV, at_T, most_T, sum_T, label_T)
         label_T *= mine_T
         log_sum_T = most_T + sum_T.log_()
         if group is not None and group.size() > 1:
@@ -89,33 +83,117 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_T: torch.Tensor) -> Any:
         hidden_TH, weight_VH, at_T, mine_T, most_T, log_sum_T, kept_TV = ctx.saved_tensors
-        V, wide_VH = weight_VH.shape[0], matmul.wide(weight_VH)
+        wide_VH = matmul.wide(weight_VH)
         dhidden_TH = torch.empty_like(hidden_TH)
         dweight = WeightGradient(ctx.weight, ctx.needs_input_grad[1])
         part = dweight.buffer(weight_VH.shape)
-        buffer = _buffer(hidden_TH, V)
-        exps = kept_TV is not None and kept_TV.dtype == buffer.dtype
-        scale_T, of_label_T = (most_T - log_sum_T).exp_().mul_(grad_T), -grad_T * mine_T
-        for rows in _chunks(hidden_TH, V):
-            if kept_TV is not None and exps:
-                p = kept_TV[rows].mul_(scale_T[rows, None])
-            else:
-                if kept_TV is not None:
-                    p = buffer[: rows.stop - rows.start].copy_(kept_TV[rows])
-                else:
-                    p = _logits(hidden_TH[rows], wide_VH, buffer, None)
-                p.sub_(log_sum_T[rows, None]).exp_().mul_(grad_T[rows, None])
-            p.scatter_add_(1, at_T[rows, None], of_label_T[rows, None].to(p.dtype))
-            if kept_TV is None:
-                p = p.to(hidden_TH.dtype)
-                dweight.add(p.T, hidden_TH[rows], part)
-                torch.mm(p, wide_VH, out=dhidden_TH[rows])
-            elif not exps:
-                kept_TV[rows] = p
-        if kept_TV is not None:
-            torch.mm(kept_TV, wide_VH, out=dhidden_TH)
-            dweight.add(kept_TV.T, hidden_TH, part)
+        of_logits = _of_logits_once if _by_triton(hidden_TH) else _of_logits
+        for rows, dlogits in of_logits(
+            hidden_TH, wide_VH, kept_TV, at_T, most_T, log_sum_T, grad_T.contiguous(), -grad_T * mine_T
+        ):
+            torch.mm(dlogits, wide_VH, out=dhidden_TH[rows])
+            dweight.add(dlogits.T, hidden_TH[rows], part)
         return dhidden_TH, dweight.done(), None, None, None, None
+
+
+def _read(
+    hidden_TH: torch.Tensor,
+    wide_VH: torch.Tensor,
+    kept_TV: torch.Tensor | None,
+    at_T: torch.Tensor,
+    most_T: torch.Tensor,
+    sum_T: torch.Tensor,
+    label_T: torch.Tensor,
+) -> None:
+    """Into the last three: each row's largest logit, the sum of exp(logit - largest), and the logit at `at_T`.
+
+    In fp32 it leaves exp(logit - largest) in what is kept, else the logits.
+    """
+    T, V = len(hidden_TH), len(wide_VH)
+    buffer = _buffer(hidden_TH, V)
+    whole = kept_TV is not None and kept_TV.dtype == buffer.dtype
+    together = TOGETHER if hidden_TH.device.type == "cpu" else T
+    for rows in [slice(0, T)] if whole else _chunks(hidden_TH, V):
+        logits = _logits(hidden_TH[rows], wide_VH, buffer, kept_TV[rows] if kept_TV is not None else None)
+        label_T[rows] = logits.gather(1, at_T[rows, None])[:, 0]
+        for part, most, total in zip(*(x.split(together) for x in (logits, most_T[rows], sum_T[rows])), strict=True):
+            torch.amax(part, -1, out=most)
+            torch.sum(part.sub_(most[:, None]).exp_(), -1, out=total)
+
+
+def _of_logits(
+    hidden_TH: torch.Tensor,
+    wide_VH: torch.Tensor,
+    kept_TV: torch.Tensor | None,
+    at_T: torch.Tensor,
+    most_T: torch.Tensor,
+    log_sum_T: torch.Tensor,
+    grad_T: torch.Tensor,
+    of_label_T: torch.Tensor,
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Rows and the gradient of their logits: all in what was kept, or a chunk's, valid until the next."""
+    buffer = _buffer(hidden_TH, len(wide_VH))
+    exps = kept_TV is not None and kept_TV.dtype == buffer.dtype
+    scale_T = (most_T - log_sum_T).exp_().mul_(grad_T)
+    for rows in _chunks(hidden_TH, len(wide_VH)):
+        if kept_TV is not None and exps:
+            p = kept_TV[rows].mul_(scale_T[rows, None])
+        else:
+            if kept_TV is not None:
+                p = buffer[: rows.stop - rows.start].copy_(kept_TV[rows])
+            else:
+                p = _logits(hidden_TH[rows], wide_VH, buffer, None)
+            p.sub_(log_sum_T[rows, None]).exp_().mul_(grad_T[rows, None])
+        p.scatter_add_(1, at_T[rows, None], of_label_T[rows, None].to(p.dtype))
+        if kept_TV is None:
+            yield rows, p.to(hidden_TH.dtype)
+        elif not exps:
+            kept_TV[rows] = p
+    if kept_TV is not None:
+        yield slice(None), kept_TV
+
+
+@functools.cache
+def _triton() -> Any:
+    """The kernels in Triton, where that is installed and there is a GPU, else None."""
+    if not torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
+        return None
+    from perilune.kernels import cross_entropy_triton
+
+    return cross_entropy_triton
+
+
+def _by_triton(hidden_TH: torch.Tensor) -> bool:
+    return hidden_TH.is_cuda and hidden_TH.dtype != torch.float64 and _triton() is not None
+
+
+def _read_once(
+    hidden_TH: torch.Tensor,
+    wide_VH: torch.Tensor,
+    kept_TV: torch.Tensor | None,
+    at_T: torch.Tensor,
+    *found: torch.Tensor,
+) -> None:
+    """As `_read`; what is kept are logits."""
+    V = len(wide_VH)
+    for rows in [slice(0, len(hidden_TH))] if kept_TV is not None else _chunks(hidden_TH, V):
+        logits = torch.mm(hidden_TH[rows], wide_VH.T, out=kept_TV)
+        _triton().statistics(logits, at_T[rows], *(x[rows] for x in found))
+
+
+def _of_logits_once(
+    hidden_TH: torch.Tensor,
+    wide_VH: torch.Tensor,
+    kept_TV: torch.Tensor | None,
+    at_T: torch.Tensor,
+    most_T: torch.Tensor,
+    *rest: torch.Tensor,
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """As `_of_logits`."""
+    del most_T  # log_sum_T says it
+    for rows in [slice(0, len(hidden_TH))] if kept_TV is not None else _chunks(hidden_TH, len(wide_VH)):
+        logits = torch.mm(hidden_TH[rows], wide_VH.T) if kept_TV is None else kept_TV
+        yield rows, _triton().gradient_(logits, at_T[rows], *(x[rows] for x in rest))
 
 
 def _over_group(log_sum_T: torch.Tensor, label_T: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
