@@ -9,6 +9,7 @@ takes the ways it takes on a GPU. Streams and events do nothing, NCCL is gloo, a
 from __future__ import annotations
 
 import inspect
+import itertools
 import types
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -60,6 +61,17 @@ def _tensors(*of: Any) -> list[torch.Tensor]:
     return [x for x in tree_leaves(of) if isinstance(x, torch.Tensor)]
 
 
+def _flat(*groups: Iterable[Any]) -> list[torch.Tensor]:
+    """As `_tensors`, of an operation's own arguments and results: tensors and lists of them."""
+    found = []
+    for one in itertools.chain(*groups):
+        if isinstance(one, torch.Tensor):
+            found.append(one)
+        elif isinstance(one, list | tuple):
+            found += _flat(one)
+    return found
+
+
 def _moved(x: torch.Tensor, gpu: bool, then: Callable[[torch.Tensor], torch.Tensor] = lambda x: x) -> torch.Tensor:
     """`then(x)` in the memory of one or the other: in its own if it is there."""
     if on_gpu(x) == gpu:
@@ -78,16 +90,17 @@ class _Operations(TorchDispatchMode):
     """Every operation, those of backward too: all its tensors are in one place, and so is what it makes."""
 
     def __torch_dispatch__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = _tensors(args, kwargs)
-        gpu = any(map(on_gpu, given)) if given else (_calls[-1] if _calls else None)
-        name = str(func).split(".")[1] if "." in str(func) else str(func)
-        if given and gpu:
-            self._check(func, name, args, kwargs or {}, given)
-            if name in INDEXED:
-                gpu = on_gpu(args[0])
+        kwargs = kwargs or {}
+        given = _flat(args, kwargs.values())
+        places = [_place(x) for x in given]
+        gpu = any(place is not False for place in places) if given else (_calls[-1] if _calls else None)
+        if given and gpu and False in places:
+            name = str(func).split(".")[1]
+            self._check(func, name, args, kwargs, given)
+            gpu = on_gpu(args[0]) if name in INDEXED else True
         memory = {x.untyped_storage()._cdata for x in given}
-        out = func(*args, **(kwargs or {}))
-        for made in _tensors(out):
+        out = func(*args, **kwargs)
+        for made in _flat((out,), ()):
             if made.untyped_storage()._cdata not in memory:
                 _mark(made, gpu)
         return out
