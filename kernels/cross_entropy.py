@@ -69,7 +69,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         kept_TV = hidden_TH.new_empty(T, V) if backward and keep and (narrow or T * V <= KEPT) else None
         wide = torch.float64 if hidden_TH.dtype == torch.float64 else torch.float32
         most_T, sum_T, label_T = (hidden_TH.new_empty(T, dtype=wide) for _ in range(3))
-        read = _read_once if _by_triton(hidden_TH) else _read
+        ctx.once = _by_triton(hidden_TH)
+        read = _read_once if ctx.once else _read
         read(hidden_TH, wide_VH, kept_TV, at_T, most_T, sum_T, label_T)
         label_T *= mine_T
         log_sum_T = most_T + sum_T.log_()
@@ -87,7 +88,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dhidden_TH = torch.empty_like(hidden_TH)
         dweight = WeightGradient(ctx.weight, ctx.needs_input_grad[1])
         part = dweight.buffer(weight_VH.shape)
-        of_logits = _of_logits_once if _by_triton(hidden_TH) else _of_logits
+        of_logits = _of_logits_once if ctx.once else _of_logits
         for rows, dlogits in of_logits(
             hidden_TH, wide_VH, kept_TV, at_T, most_T, log_sum_T, grad_T.contiguous(), -grad_T * mine_T
         ):

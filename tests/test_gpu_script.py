@@ -95,6 +95,8 @@ def test_it_installs_from_what_is_carried_and_says_why_each_check_was_skipped(tm
 
 SMALL = """
 import gpu_checks
+import gpu_contests
+import gpu_slice
 
 
 def test_small(ours, record):
@@ -103,6 +105,8 @@ def test_small(ours, record):
     assert found["implementation"] == "blocks of queries by document" and not found["operations"], found
     found = record(ours.run("speed", gpu_checks.bench("tiny", "bf16", 64), 2, 1, 2))
     assert len(found["losses"]) == len(found["step_s"]) == 3 and found["losses"][2] < found["losses"][0]
+    gpu_slice.check_step(ours.run("slice_speed", gpu_slice.SMALL, 1, 1))
+    gpu_contests.check_kernels(ours.run("kernel_speeds", gpu_slice.SMALL, 1))
 """
 
 

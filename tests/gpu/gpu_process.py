@@ -5,6 +5,7 @@ Imports nothing heavy: in the new process this runs before torch and Megatron-co
 
 from __future__ import annotations
 
+import importlib
 import sys
 from types import TracebackType
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from perilune.parallel.workers import Workers
 
 TRANSFORMER_ENGINE = ("transformer_engine", "transformer_engine_torch")
+MODULES = ("gpu_ranks", "gpu_slice", "gpu_contests")  # whose functions it runs
 RUN_S = 100.0  # that one call may take; below pytest's limit a test, so that the process's own traceback is seen
 
 
@@ -30,7 +32,7 @@ class Process:
         self._pool = Workers(1, threads=4 if gpu and torch.cuda.is_available() else 1, timeout_s=RUN_S)
 
     def run(self, function: str, *arguments: Any) -> Any:
-        """`gpu_ranks.<function>(*arguments)` there.
+        """`function(*arguments)`, of one of MODULES, there.
 
         Raises WorkerError with its traceback; after any error the next call has a new process.
         """
@@ -54,6 +56,5 @@ def _call(te: bool, function: str, *arguments: Any) -> Any:
     if not te:
         for name in TRANSFORMER_ENGINE:
             sys.modules[name] = None  # type: ignore[assignment]  # "not installed", to import and to find_spec
-    import gpu_ranks
-
-    return getattr(gpu_ranks, function)(*arguments)
+    found = [getattr(module, function, None) for module in map(importlib.import_module, MODULES)]
+    return next(filter(None, found))(*arguments)

@@ -8,23 +8,28 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import gpu_contests
 import gpu_slice
 from gpu_process import Process
 
 WARM, ROUNDS = 2, 6  # steps of each routing; not timed, and timed
 KERNEL_ROUNDS = 10
+GOAL = 0.5  # of the rate of a large matmul, for the whole step
 
 
 def test_speed_of_a_deepseek_v3_slice_in_bf16(gpu: Process, record: Any) -> None:
     found = record(gpu.run("slice_speed", gpu_slice.Shape(), WARM, ROUNDS))
     gpu_slice.check_step(found)
     assert found["parameters"] > 1.5e9
-    assert all(found[routing]["of_matmul_rate"] < 1 for routing in ("natural", "balanced"))
+    reached = [found[routing]["of_matmul_rate"] for routing in ("natural", "balanced")]
+    record({"goal_of_matmul_rate": GOAL, "goal_met": min(reached) >= GOAL})
+    assert max(reached) < 1
 
 
-def test_kernels_beside_their_rivals_in_bf16(ours: Process, record: Any) -> None:
-    found = record(ours.run("kernel_speeds", gpu_slice.Shape(), KERNEL_ROUNDS))
-    gpu_slice.check_kernels(found)
+def test_kernels_beside_their_rivals_in_bf16(gpu: Process, record: Any) -> None:
+    """Transformer Engine's are among them where it is installed, in the process that sees it."""
+    found = record(gpu.run("kernel_speeds", gpu_slice.Shape(), KERNEL_ROUNDS))
+    gpu_contests.check_kernels(found)
     measured = [name for name, one in found.items() if "ours_s" in one]
     assert {"attention, 1 document", "experts, balanced"} <= set(measured)
     assert all(math.isfinite(found[name]["ours_s"]) for name in measured)
