@@ -33,6 +33,11 @@ def _flash_varlen() -> Callable[..., Any] | None:
     return flash_attn_varlen_func
 
 
+def _flash_for(q: torch.Tensor) -> Callable[..., Any] | None:
+    """It takes 16 bits on a GPU."""
+    return _flash_varlen() if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) else None
+
+
 def name() -> str:
     """Which implementation `varlen_attention` uses for tensors of this machine's device, for the log."""
     if _flash_varlen() is not None:
@@ -49,7 +54,7 @@ def varlen_attention(
     scale: float,
 ) -> torch.Tensor:
     """Softmax attention, causal, never across the boundaries `cu_seqlens` ([documents+1], int32). Returns [T, N, E]."""
-    flash = _flash_varlen() if q_TND.is_cuda and q_TND.dtype in (torch.bfloat16, torch.float16) else None
+    flash = _flash_for(q_TND)
     if flash is None:
         ranges = tuple(pairwise(cu_seqlens.tolist()))
         return by_piece(q_TND, k_TND, v_TNE, Pieces(ranges, ranges), scale)
@@ -65,7 +70,7 @@ def image_attention(
     scale: float,
 ) -> torch.Tensor:
     """As `varlen_attention`, but every token sees all of its segment. Returns [T, N, D]."""
-    flash = _flash_varlen() if q_TND.is_cuda and q_TND.dtype in (torch.bfloat16, torch.float16) else None
+    flash = _flash_for(q_TND)
     if flash is not None:
         bounds, longest = (cu_seqlens, cu_seqlens), (max_seqlen, max_seqlen)
         return _flash(flash, q_TND, k_TND, v_TND, bounds, longest, scale, causal=False)
@@ -134,7 +139,7 @@ def piecewise_attention(
     q_QND: torch.Tensor, k_TND: torch.Tensor, v_TNE: torch.Tensor, pieces: Pieces, scale: float
 ) -> torch.Tensor:
     """Softmax attention of Q queries on the keys and values of a whole pack, as `pieces` says. Returns [Q, N, E]."""
-    flash = _flash_varlen() if q_QND.is_cuda and q_QND.dtype in (torch.bfloat16, torch.float16) else None
+    flash = _flash_for(q_QND)
     if flash is None:
         return by_piece(q_QND, k_TND, v_TNE, pieces, scale)
 

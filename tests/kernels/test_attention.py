@@ -2,13 +2,22 @@
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from perilune.kernels import attention as attentions
 from perilune.kernels import attention_blocks
-from perilune.kernels.attention import Pieces, piecewise_attention, reference, sdpa_by_piece, varlen_attention
+from perilune.kernels.attention import (
+    Pieces,
+    image_attention,
+    piecewise_attention,
+    reference,
+    sdpa_by_piece,
+    varlen_attention,
+)
 from perilune.kernels.attention_blocks import BLOCK, blocked_attention
 
 Attention = Callable[..., torch.Tensor]
@@ -132,6 +141,46 @@ def test_pieces_of_a_pack_equal_the_masked_formula(attention: Attention) -> None
     mine = torch.tensor([2, 3, 4, 5, 9, 10, 11, 12])
     pieces = Pieces(((0, 2), (2, 4), (4, 6), (6, 8)), ((0, 4), (4, 6), (4, 11), (11, 13)))
     _same(attention(q[mine], k, v, pieces, 0.3), reference(q, k, v, bounds, 0.3)[mine], [q, k, v], 1e-5)
+
+
+def _like_flash_attn(version: int) -> Callable[..., Any]:
+    """What flash-attn documents of its variable-length function: a causal mask ends at the last query and key."""
+
+    def flash(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor,
+        max_seqlen_q: int, max_seqlen_k: int, softmax_scale: float, causal: bool,
+    ) -> Any:  # fmt: skip
+        assert version == 4 or q.shape[-1] == v.shape[-1], "flash-attn 2 wants equal head dims"
+        assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
+        assert (max_seqlen_q, max_seqlen_k) == tuple(int(x.diff().max()) for x in (cu_seqlens_q, cu_seqlens_k))
+        outs = []
+        for queries, keys in zip(pairwise(cu_seqlens_q.tolist()), pairwise(cu_seqlens_k.tolist()), strict=True):
+            scores = torch.einsum("qnd,knd->nqk", q[slice(*queries)], k[slice(*keys)]) * softmax_scale
+            if causal:
+                seen = torch.ones(scores.shape[1:], dtype=torch.bool).tril(scores.shape[2] - scores.shape[1])
+                scores = scores.masked_fill(~seen, float("-inf"))
+            outs.append(torch.einsum("nqk,kne->qne", scores.softmax(-1), v[slice(*keys)]))
+        return (torch.cat(outs), None) if version == 4 else torch.cat(outs)
+
+    flash.__module__ = {2: "flash_attn.flash_attn_interface", 4: "flash_attn.cute.interface"}[version]
+    return flash
+
+
+@pytest.mark.parametrize("version", [2, 4])
+def test_flash_attn_is_asked_for_the_same(version: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By documents, by pieces, whose keys overlap, and by images, which see all of themselves."""
+    monkeypatch.setattr(attentions, "_flash_for", lambda q: _like_flash_attn(version))
+    q, k, v = _qkv(13, 2, 12, 8)
+    bounds = torch.tensor([0, 4, 11, 13], dtype=torch.int32)
+    _same(varlen_attention(q, k, v, bounds, 7, 0.3), reference(q, k, v, bounds, 0.3), [q, k, v], 1e-5)
+    mine = torch.tensor([2, 3, 4, 5, 9, 10, 11, 12])
+    pieces = Pieces(((0, 2), (2, 4), (4, 6), (6, 8)), ((0, 4), (4, 6), (4, 11), (11, 13)))
+    expected = reference(q, k, v, bounds, 0.3)[mine]
+    _same(piecewise_attention(q[mine], k, v, pieces, 0.3), expected, [q, k, v], 1e-5)
+    q, k, v = _qkv(13, 2, 12, 12)
+    by_flash = image_attention(q, k, v, bounds, 7, 0.3)
+    monkeypatch.setattr(attentions, "_flash_for", lambda q: None)
+    _same(by_flash, image_attention(q, k, v, bounds, 7, 0.3), [q, k, v], 1e-5)
 
 
 def test_a_long_piece_late_in_its_document_equals_the_masked_formula() -> None:

@@ -29,17 +29,18 @@ def _same(ours: torch.Tensor, theirs: torch.Tensor, inputs: Inputs) -> None:
 @pytest.mark.parametrize("counts", [[3, 0, 5, 2], [0, 0, 0, 10], [10, 0, 0, 0], [0, 0, 0, 0], [ROWS, ROWS + 1, 0, 1]])
 @pytest.mark.usefixtures("bf16_multiplied")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("on", ["cpu", "other"])
+@pytest.mark.parametrize("on", ["cpu", "other", "other, recomputed"])
 def test_grouped_equals_the_loop_in_values_and_gradients(
     counts: list[int], dtype: torch.dtype, on: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On other devices it is two grouped matmuls, which run on a CPU too."""
-    if on == "other":
+    if on != "cpu":
         monkeypatch.setattr(experts, "_loops", lambda x: False)
     inputs = _inputs(sum(counts), dtype)  # without a row too: a rank must not skip a collective in backward
     x, w1, w2, probs = inputs
     of_each = torch.tensor(counts)
-    _same(grouped_swiglu(x, w1, w2, of_each, probs), reference(x, w1, w2, of_each, probs), inputs)
+    ours = grouped_swiglu(x, w1, w2, of_each, probs, recompute="recomputed" in on)
+    _same(ours, reference(x, w1, w2, of_each, probs), inputs)
 
 
 @pytest.mark.usefixtures("bf16_multiplied")
