@@ -21,12 +21,13 @@ from perilune.pretrain.errors import InputError
 
 # Small batches, so that there is something to be killed between; `pause` slows each batch down.
 SCRIPT = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from perilune.pretrain.data import pack as module
 from perilune.pretrain.data.pack_worker import Worker
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
     corpus, out, tokenizer, workers, pause = sys.argv[1:]
     module.BATCH_DOCUMENTS = 20
     encoded = module._encoded

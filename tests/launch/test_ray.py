@@ -200,8 +200,9 @@ def test_a_second_cancel_ends_it_at_once(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 HERE = """
-import sys
+import signal, sys
 from pathlib import Path
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored where the tests run in the background
 from perilune.launch import ray_jobs
 from perilune.launch.job import Job, Papers
 driver = '''
