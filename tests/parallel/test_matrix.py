@@ -21,27 +21,23 @@ from perilune.pretrain.schema import Parallel, Recompute
 
 ALL = {case.name: case for case in layouts.matrix(8)}
 LARGE = """
-dp4 ep4 allgather
 dp4 ep2 etp2 micro2
 cp2 dp2
 cp2 dp2 ep4 micro2
 cp4 micro2
 pp2 dp2 ep2 allgather micro2
 pp2 cp2
-pp2 vpp2 cp2 ep2
 pp4
 pp4 Et|tt|t|mL
 tp2 dp2 ep2 etp2
 tp2 cp2 ep4 micro2 (yarn)
 tp2 cp2 ep4 micro2 (vlm)
 tp2 cp2 ep4 recompute full
-tp2 cp2 ep4 recompute core_attn+moe+mtp
 pp2 vpp2 recompute layernorm+mla_up_proj+moe_act
 tp2 pp2 ep2 allgather micro2
 tp4 micro2
 dp8 ep8
 pp4 dp2 ep2
-tp2 cp2 dp2 ep4 allgather
 tp2 pp2 vpp2 cp2 ep2 micro2
 pp2 cp2 dp2 ep2 etp2 micro2
 """.strip().splitlines()
