@@ -150,8 +150,9 @@ def run_checks(suite: Path, out: Path, chosen: str) -> Any:
 
 
 CONFTEST = """
-import os, sys
+import os, signal, sys
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
 sys.path.append({gpu!r})
 from gpu_result import Recorder
 
