@@ -55,7 +55,6 @@ def test_what_a_gpu_refuses_is_refused(players: Workers) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "one rank",
         "tp2 ep2",
         "cp2 micro2",
         "pp2 vpp2 micro2 (mtp2)",
@@ -78,9 +77,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_dataset(folder / "packed", rows, 64, 512)
 
 
-@pytest.mark.parametrize(
-    ("compute", "optimizer", "apart"), [("fp32", "adamw", 1e-5), ("bf16", "adamw", 1e-2), ("fp32", "muon", 1e-4)]
-)
+@pytest.mark.parametrize(("compute", "optimizer", "apart"), [("bf16", "adamw", 1e-2), ("fp32", "muon", 1e-4)])
 def test_a_run_saved_in_the_background_validated_continued_and_asked(
     compute: str, optimizer: str, apart: float, workers: Workers, players: Workers, data: Path, tmp_path: Path
 ) -> None:
