@@ -294,8 +294,3 @@ def _install_collectives() -> None:
     dist.get_backend = lambda group=None: "gloo" if group in of_gloo else "nccl"
     for name in COLLECTIVES:
         setattr(dist, name, checked(getattr(dist, name)))
-
-
-def places(of: Iterable[torch.Tensor]) -> set[str]:
-    """Where these are, as torch tells it."""
-    return {str(x.device) for x in of}
