@@ -20,13 +20,16 @@ def grouped_swiglu(
     counts_E: torch.Tensor,
     probs_R: torch.Tensor,
     recompute: bool = False,
+    compiled: bool = False,
 ) -> torch.Tensor:
     """prob * (silu(x gate) * (x up)) down, for each expert on its own rows. Returns [R, H].
 
     `w1_EGH` is [E, 2F, H], gate rows before up rows; `w2_EHF` is [E, H, F]; `counts_E` the rows of each expert (a sum
     of R; an expert may have none). The probability scales before the down projection, as Megatron-core does: the same
     number, and the gradient of the probability needs no second matmul. With `recompute`, backward computes silu, the
-    product and the scaling again instead of keeping them (R * F numbers three times); a CPU always does.
+    product and the scaling again instead of keeping them (R * F numbers three times); a CPU always does. With
+    `compiled`, Megatron-core's compiled function does all three where it is no CPU, keeps their input alone, and scales
+    before it rounds.
     """
     if _loops(x_RH):
         return routed_swiglu(x_RH, w1_EGH, w2_EHF, probs_R, Order.sorted(counts_E))
@@ -36,14 +39,27 @@ def grouped_swiglu(
     h_RG = F.grouped_mm(x_RH, w1_EGH.transpose(1, 2), offs=ends)
 
     def down(h_RG: torch.Tensor, probs_R: torch.Tensor) -> torch.Tensor:
-        gate, up = h_RG.chunk(2, dim=-1)
-        act_RF = F.silu(gate) * up * probs_R.unsqueeze(-1).to(x_RH.dtype)
+        act_RF = _compiled(h_RG, probs_R) if compiled else _by_operations(h_RG, probs_R)
         return _Contiguous.apply(F.grouped_mm(act_RF, w2_EHF.transpose(1, 2), offs=ends))
 
     if not recompute:
         return down(h_RG, probs_R)
     # It stops before the second matmul: by then all that backward wants is there again.
     return checkpoint(down, h_RG, probs_R, use_reentrant=False, preserve_rng_state=False)
+
+
+def _by_operations(h_RG: torch.Tensor, probs_R: torch.Tensor) -> torch.Tensor:
+    """prob * silu(gate) * up, one operation of PyTorch after the other. Returns [R, F]."""
+    gate, up = h_RG.chunk(2, dim=-1)
+    return F.silu(gate) * up * probs_R.unsqueeze(-1).to(h_RG.dtype)
+
+
+def _compiled(h_RG: torch.Tensor, probs_R: torch.Tensor) -> torch.Tensor:
+    """The same by Megatron-core."""
+    from megatron.core.fusions.fused_bias_swiglu import weighted_bias_swiglu_impl
+
+    act_RF: torch.Tensor = weighted_bias_swiglu_impl(h_RG, None, probs_R.unsqueeze(-1))
+    return act_RF
 
 
 def _loops(x_RH: torch.Tensor) -> bool:

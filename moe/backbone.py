@@ -6,7 +6,7 @@ Legend: T tokens of a micro-batch (packed rows), H hidden, V vocabulary, D MTP d
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -60,6 +60,7 @@ class BackboneConfig:
     layout: str | None = None  # Megatron-core's pipeline layout, such as Ett|tt|tmL; None: equal stages
     recompute_granularity: str = "none"
     recompute_modules: tuple[str, ...] = ()
+    kernels: dict[str, str] = field(default_factory=dict)  # by the names of `pretrain.schema.Kernels`; else auto
 
 
 def transformer_config(config: BackboneConfig) -> MLATransformerConfig:
@@ -83,6 +84,8 @@ def transformer_config(config: BackboneConfig) -> MLATransformerConfig:
             "moe_grouped_gemm": True,
             "moe_token_dispatcher_type": "flex" if config.dispatcher in FLEX_BACKENDS else config.dispatcher,
             "moe_flex_dispatcher_backend": FLEX_BACKENDS.get(config.dispatcher, "deepep"),
+            "moe_permute_fusion": config.kernels.get("permute") == "transformer_engine",
+            "moe_router_fusion": config.kernels.get("router") == "transformer_engine",
         }
     fp8: dict[str, Any] = {}
     if config.fp8 != "off":
@@ -114,7 +117,8 @@ def transformer_config(config: BackboneConfig) -> MLATransformerConfig:
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
-        bias_activation_fusion=not torch.cuda.is_available(),  # by parallel/cpu.py; on GPUs torch.compile would do it
+        # On a CPU by parallel/cpu.py; on a GPU Megatron-core compiles it.
+        bias_activation_fusion=not torch.cuda.is_available() or config.kernels.get("swiglu") == "compiled",
         bias_dropout_fusion=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,

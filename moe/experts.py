@@ -84,8 +84,8 @@ class GroupedExperts(MegatronModule):
     ) -> tuple[torch.Tensor, None]:
         """`hidden_RH` holds the routed tokens sorted by local expert. Returns the same shape, and no bias."""
         counts = torch.as_tensor(tokens_per_expert)
-        recompute = self._recompute and self.training
-        return grouped_swiglu(hidden_RH, self.w1, self.w2, counts, probs_R, recompute), None
+        recompute, compiled = self._recompute and self.training, self.config.bias_activation_fusion
+        return grouped_swiglu(hidden_RH, self.w1, self.w2, counts, probs_R, recompute, compiled), None
 
     def backward_dw(self) -> None:
         """Megatron-core's hook for delayed weight gradients, which this module does not delay."""

@@ -48,6 +48,7 @@ ALLOWED_ON_RESUME = (
     "data.retry_s",
     "data.cache_*",
     "recompute.*",
+    "kernels.*",
 )
 """Keys and patterns that a resumed run may change: how long, how it is spread, what is logged; not what is computed.
 

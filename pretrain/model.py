@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -40,6 +40,7 @@ def backbone_config(config: Config, mesh: Mesh) -> backbone.BackboneConfig:
         layout=layout_of(config.model, config.parallel, config.vision),
         recompute_granularity=config.recompute.granularity,
         recompute_modules=config.recompute.modules,
+        kernels=asdict(config.kernels),
     )
 
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import asdict
 from functools import partial
+from importlib import metadata
+
+from packaging.version import Version
 
 from perilune.parallel import recompute
 from perilune.parallel.mesh import FLEX_BACKENDS, LayoutError, Mesh
 from perilune.pretrain import ranges, schedule
 from perilune.pretrain.errors import InputError
 from perilune.pretrain.plan.stages import stages_of
-from perilune.pretrain.schema import Config
+from perilune.pretrain.schema import Config, Kernels
 from perilune.pretrain.timetable import Timetable
 
 
@@ -54,6 +58,37 @@ def check_machine(config: Config, gpus: int) -> None:
             f"parallel.dispatcher={dispatcher} needs a GPU ({gpus} here) and deep_ep, built from its source "
             "(github.com/deepseek-ai/DeepEP); use parallel.dispatcher=alltoall"
         )
+    for problem in _kernels_here(config.kernels, gpus):
+        raise InputError(problem)
+
+
+# Transformer Engine's first release that has it, as Megatron-core asks for it.
+_SINCE = {"permute": "2.1", "router": "2.6"}
+
+
+def _kernels_here(kernels: Kernels, gpus: int) -> list[str]:
+    """What this machine lacks for the kernels that were chosen."""
+    problems = []
+    for name, chosen in asdict(kernels).items():
+        if chosen == "auto":
+            continue
+        asked, instead = f"kernels.{name}={chosen}", f"use kernels.{name}=auto"
+        if not gpus:
+            problems.append(f"{asked} is a GPU's, and there is none here; {instead}")
+        elif chosen == "transformer_engine" and (found := _transformer_engine()) < Version(_SINCE[name]):
+            here = found if found.release > (0,) else "none"
+            problems.append(
+                f"{asked} needs Transformer Engine {_SINCE[name]} or newer, and here is {here}: pip install "
+                f"--no-build-isolation -e '.[gpu]', or {instead}"
+            )
+    return problems
+
+
+def _transformer_engine() -> Version:
+    """The release that is installed whole; 0 where none is."""
+    if importlib.util.find_spec("transformer_engine_torch") is None:
+        return Version("0")
+    return Version(metadata.version("transformer_engine"))
 
 
 def mesh_of(config: Config, world: int) -> Mesh:

@@ -202,6 +202,18 @@ class Precision:
 
 
 @dataclass(frozen=True)
+class Kernels:
+    """Libraries' kernels on a GPU, in the place of those that are chosen there (auto; docs/performance.md names them).
+
+    The results are the same but for rounding. Off until they are measured beside what is chosen.
+    """
+
+    swiglu: Literal["auto", "compiled"] = "auto"  # Megatron-core's, of experts and dense layers
+    permute: Literal["auto", "transformer_engine"] = "auto"  # into the experts' order and back
+    router: Literal["auto", "transformer_engine"] = "auto"  # the choice of experts
+
+
+@dataclass(frozen=True)
 class Config:
     """A whole run. `preset` and `stage` name where it started from."""
 
@@ -218,3 +230,4 @@ class Config:
     parallel: Parallel = field(default_factory=Parallel)
     recompute: Recompute = field(default_factory=Recompute)
     precision: Precision = field(default_factory=Precision)
+    kernels: Kernels = field(default_factory=Kernels)

@@ -298,7 +298,8 @@ def test_resume_may_change_only_the_allow_list() -> None:
             "train.keep=9",
             "train.threads=9",
         ]
-        + ["valid.every=9", "parallel.tp=9", "parallel.layout=t", "data.workers=9", "recompute.granularity=full"],
+        + ["valid.every=9", "parallel.tp=9", "parallel.layout=t", "data.workers=9", "recompute.granularity=full"]
+        + ["kernels.router=transformer_engine"],
         base=BASE,
     )
     cfg.check_resume(BASE, harmless)

@@ -17,8 +17,9 @@ from played_gpu import played
 
 from perilune.parallel.workers import Workers
 from perilune.pretrain import config as configs
-from perilune.pretrain.parity import layouts, probe
+from perilune.pretrain.parity import layouts
 from perilune.pretrain.parity.matrix import Matrix
+from perilune.pretrain.schema import Kernels
 
 ALL = {case.name: case for case in layouts.matrix(2)}
 
@@ -53,20 +54,20 @@ def test_what_a_gpu_refuses_is_refused(players: Workers) -> None:
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("name", "kernels"),
     [
-        "tp2 ep2",
-        "cp2 micro2",
-        "pp2 vpp2 micro2 (mtp2)",
-        "tp2 micro2 (vlm)",
+        ("tp2 ep2", Kernels()),
+        ("cp2 micro2", Kernels()),
+        ("pp2 vpp2 micro2 (mtp2)", Kernels(swiglu="compiled")),
+        ("tp2 micro2 (vlm)", Kernels()),
     ],
 )
-def test_a_layout_equals_one_process_on_the_cpu(name: str, matrices: tuple[Matrix, Matrix]) -> None:
+def test_a_layout_equals_one_process_on_the_cpu(name: str, kernels: Kernels, matrices: tuple[Matrix, Matrix]) -> None:
     """Losses, gradients, routing, biases and updates, by Megatron-core as it is shipped."""
     on_gpus, on_cpu = matrices
     case = ALL[name]
     on_gpus._one_rank[case.fixture, case.optimizer] = on_cpu.one_rank(case.fixture, case.optimizer)
-    result = on_gpus.compare(case, played, probe.train)
+    result = on_gpus.compare(case, played, played_ranks.trained_with, kernels)
     assert not result.failures, f"{result.deviations} {result.worst} {result.error}"
 
 

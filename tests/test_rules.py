@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import typing
 from typing import Any
 
@@ -139,3 +140,24 @@ def test_this_machine_is_asked_apart_from_the_plan() -> None:
     rules.check(flex, 2)
     with pytest.raises(InputError, match="deep_ep"):
         rules.check_machine(flex, gpus=0)
+
+
+@pytest.mark.parametrize("word", ["swiglu=compiled", "permute=transformer_engine", "router=transformer_engine"])
+def test_kernels_are_planned_anywhere_and_refused_where_they_cannot_run(
+    word: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, name = configs.resolve("tiny", [f"kernels.{word}"]), word.partition("=")[0]
+    rules.check(config, 1)
+    with pytest.raises(InputError, match=rf"^kernels\.{word} is a GPU's, .*; use kernels\.{name}=auto$"):
+        rules.check_machine(config, gpus=0)
+    if "transformer_engine" not in word:
+        rules.check_machine(config, gpus=1)
+        return
+    with pytest.raises(InputError, match=rf"kernels\.{word} needs Transformer Engine 2\.[16] .* here is none: pip"):
+        rules.check_machine(config, gpus=1)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(rules.metadata, "version", lambda name: "2.0.1")
+    with pytest.raises(InputError, match=r"here is 2\.0\.1: pip"):
+        rules.check_machine(config, gpus=1)
+    monkeypatch.setattr(rules.metadata, "version", lambda name: "2.17.1+cu13")
+    rules.check_machine(config, gpus=1)

@@ -7,6 +7,7 @@ from perilune.kernels import experts
 from perilune.kernels.experts import grouped_swiglu, reference
 from perilune.kernels.experts_loop import ROWS, routed_swiglu
 from perilune.kernels.permute import Order, reference_permute, reference_unpermute
+from perilune.parallel import late_compile
 
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -29,18 +30,22 @@ def _same(ours: torch.Tensor, theirs: torch.Tensor, inputs: Inputs) -> None:
 @pytest.mark.parametrize("counts", [[3, 0, 5, 2], [0, 0, 0, 10], [10, 0, 0, 0], [0, 0, 0, 0], [ROWS, ROWS + 1, 0, 1]])
 @pytest.mark.usefixtures("bf16_multiplied")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("on", ["cpu", "other", "other, recomputed"])
+@pytest.mark.parametrize("on", ["cpu", "other", "other, recomputed", "other, compiled", "other, recomputed, compiled"])
 def test_grouped_equals_the_loop_in_values_and_gradients(
     counts: list[int], dtype: torch.dtype, on: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On other devices it is two grouped matmuls, which run on a CPU too."""
+    """On other devices it is two grouped matmuls, which run on a CPU too; what is compiled there runs as written."""
     if on != "cpu":
         monkeypatch.setattr(experts, "_loops", lambda x: False)
+    compiled = "compiled" in on
+    if compiled:
+        late_compile.import_megatron_core()
     inputs = _inputs(sum(counts), dtype)  # without a row too: a rank must not skip a collective in backward
     x, w1, w2, probs = inputs
     of_each = torch.tensor(counts)
-    ours = grouped_swiglu(x, w1, w2, of_each, probs, recompute="recomputed" in on)
-    _same(ours, reference(x, w1, w2, of_each, probs), inputs)
+    with torch.compiler.set_stance("force_eager"):
+        ours = grouped_swiglu(x, w1, w2, of_each, probs, recompute="recomputed" in on, compiled=compiled)
+        _same(ours, reference(x, w1, w2, of_each, probs), inputs)
 
 
 @pytest.mark.usefixtures("bf16_multiplied")

@@ -10,14 +10,18 @@ import numpy as np
 import pytest
 import reference
 import torch
+from megatron.core.transformer.moe import moe_utils
 
+from perilune.moe import backbone
+from perilune.parallel.mesh import Mesh
 from perilune.parallel.workers import Workers
+from perilune.pretrain import model as models
 from perilune.pretrain import presets
 from perilune.pretrain.data.batch import PackedBatch
 from perilune.pretrain.data.collate import collate
 from perilune.pretrain.data.shard import Row
 from perilune.pretrain.parity import probe
-from perilune.pretrain.schema import Config, Model, Parallel, Precision
+from perilune.pretrain.schema import Config, Kernels, Model, Parallel, Precision
 
 TINY = presets.get("tiny")
 SEQ_LEN = TINY.data.seq_len
@@ -155,6 +159,22 @@ def test_counts_and_biases_are_exact_in_bf16(workers: Workers) -> None:
             name = f"model.layers.{layer}.mlp.gate.e_score_correction_bias"
             want = weights[name] + 1e-3 * torch.sign(load.mean() - load).float()
             torch.testing.assert_close(after[name], want, rtol=0, atol=1e-7)
+
+
+def test_megatron_core_is_told_of_the_kernels_that_it_chooses_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It asks for the parts of Transformer Engine that the permutation needs; here something stands for them."""
+    chosen = Kernels(permute="transformer_engine", router="transformer_engine")
+    shapes = [models.backbone_config(replace(TINY, kernels=kernels), Mesh(1)) for kernels in (Kernels(), chosen)]
+    with pytest.raises(ValueError, match="Please install TE"):
+        backbone.transformer_config(shapes[1])
+    for name in vars(moe_utils):
+        if name.startswith("fused_"):
+            monkeypatch.setattr(moe_utils, name, print)
+    made = [backbone.transformer_config(shape) for shape in shapes]
+    assert [one.moe_permute_fusion for one in made] == [one.moe_router_fusion for one in made] == [False, True]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    shapes.append(replace(shapes[0], kernels={"swiglu": "compiled"}))
+    assert [backbone.transformer_config(shape).bias_activation_fusion for shape in shapes] == [False, False, True]
 
 
 def test_the_fixture_has_unequal_counts_and_no_ties() -> None:

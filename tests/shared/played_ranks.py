@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import megatron.core.parallel_state
 import torch
@@ -14,8 +16,14 @@ from perilune.parallel import mesh as meshes
 from perilune.pretrain.evaluate import likelihood
 from perilune.pretrain.evaluate.generate import generate
 from perilune.pretrain.evaluate.load import open_model
+from perilune.pretrain.parity import probe
 from perilune.pretrain.run import run
-from perilune.pretrain.schema import Config
+from perilune.pretrain.schema import Config, Kernels
+
+
+def trained_with(kernels: Kernels, config: Config, *rest: Any) -> probe.Trained:
+    """`probe.train` with these kernels."""
+    return probe.train(replace(config, kernels=kernels), *rest)
 
 
 def training(configs: list[Config], run_dir: Path) -> None:
