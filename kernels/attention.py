@@ -33,13 +33,38 @@ def _flash_varlen() -> Callable[..., Any] | None:
     return flash_attn_varlen_func
 
 
-def _flash_for(q: torch.Tensor) -> Callable[..., Any] | None:
-    """It takes 16 bits on a GPU."""
-    return _flash_varlen() if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) else None
+def _pytorch_varlen(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int, max_seqlen_k: int, softmax_scale: float, causal: bool,
+) -> Any:  # fmt: skip
+    """PyTorch's own (torch >= 2.11) by flash-attn's words. It runs flash-attn 2, so its causal mask is aligned with the
+    last query and the last key, where that of PyTorch's SDPA is with the first ones."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        scale=softmax_scale,
+        window_size=(-1, 0) if causal else (-1, -1),
+    )
 
 
-def name() -> str:
+def _flash_for(q: torch.Tensor, by: str = "auto") -> Callable[..., Any] | None:
+    """They take 16 bits on a GPU."""
+    if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16):
+        return None
+    return _pytorch_varlen if by == "varlen_attn" else _flash_varlen()
+
+
+def name(by: str = "auto") -> str:
     """Which implementation `varlen_attention` uses for tensors of this machine's device, for the log."""
+    if by == "varlen_attn":
+        return "PyTorch's varlen_attn"
     if _flash_varlen() is not None:
         return "flash-attn varlen"
     return "PyTorch SDPA by document" if torch.cuda.is_available() else "blocks of queries by document"
@@ -52,9 +77,13 @@ def varlen_attention(
     cu_seqlens: torch.Tensor,
     max_seqlen: int,
     scale: float,
+    by: str = "auto",
 ) -> torch.Tensor:
-    """Softmax attention, causal, never across the boundaries `cu_seqlens` ([documents+1], int32). Returns [T, N, E]."""
-    flash = _flash_for(q_TND)
+    """Softmax attention, causal, never across the boundaries `cu_seqlens` ([documents+1], int32). Returns [T, N, E].
+
+    In 16 bits on a GPU `by` chooses: auto (flash-attn where it is installed, else PyTorch's SDPA) or varlen_attn.
+    """
+    flash = _flash_for(q_TND, by)
     if flash is None:
         ranges = tuple(pairwise(cu_seqlens.tolist()))
         return by_piece(q_TND, k_TND, v_TNE, Pieces(ranges, ranges), scale)
@@ -95,7 +124,7 @@ def _flash(
 ) -> torch.Tensor:
     """flash-attn on segments of queries and of keys; the mask is aligned with the last query and the last key."""
     E = v_KNE.shape[-1]
-    if q_QND.shape[-1] > E and "cute" not in flash.__module__:  # flash-attn 2 wants equal head dims
+    if q_QND.shape[-1] > E and "cute" not in flash.__module__:  # flash-attn 2 wants equal head dims, PyTorch's too
         v_KNE = F.pad(v_KNE, (0, q_QND.shape[-1] - E))
     out = flash(
         q_QND,
@@ -136,10 +165,13 @@ class Pieces:
 
 
 def piecewise_attention(
-    q_QND: torch.Tensor, k_TND: torch.Tensor, v_TNE: torch.Tensor, pieces: Pieces, scale: float
+    q_QND: torch.Tensor, k_TND: torch.Tensor, v_TNE: torch.Tensor, pieces: Pieces, scale: float, by: str = "auto"
 ) -> torch.Tensor:
-    """Softmax attention of Q queries on the keys and values of a whole pack, as `pieces` says. Returns [Q, N, E]."""
-    flash = _flash_for(q_QND)
+    """Softmax attention of Q queries on the keys and values of a whole pack, as `pieces` says. Returns [Q, N, E].
+
+    `by` as for `varlen_attention`.
+    """
+    flash = _flash_for(q_QND, by)
     if flash is None:
         return by_piece(q_QND, k_TND, v_TNE, pieces, scale)
 

@@ -128,16 +128,24 @@ class LatentAttention(MLASelfAttention):
 class PackedCoreAttention(torch.nn.Module):
     """Attention on packed rows by `kernels/attention.py`; takes Megatron-core's arguments for a core attention."""
 
-    def __init__(self, config: Any, layer_number: int, softmax_scale: float, pg_collection: Any, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        config: Any,
+        layer_number: int,
+        softmax_scale: float,
+        pg_collection: Any,
+        by: str = "auto",
+        **kwargs: Any,
+    ) -> None:
         super().__init__()
         del config, layer_number, kwargs
-        self.softmax_scale, self.cp_group = softmax_scale, pg_collection.cp
+        self.softmax_scale, self.cp_group, self.by = softmax_scale, pg_collection.cp, by
 
     def forward(self, q_TND: torch.Tensor, k_TND: torch.Tensor, v_TNE: torch.Tensor, packed: PackedRows) -> Any:
         """Returns [T, N * E]."""
         if packed.cut is None:
-            out_TNE = varlen_attention(q_TND, k_TND, v_TNE, packed.documents, packed.longest, self.softmax_scale)
-            return out_TNE.flatten(1)
+            bounds = packed.documents, packed.longest
+            return varlen_attention(q_TND, k_TND, v_TNE, *bounds, self.softmax_scale, self.by).flatten(1)
         both = context.gather(torch.cat((k_TND, v_TNE), dim=-1), packed.cut.order_T, self.cp_group)
         k, v = both.split([k_TND.shape[-1], v_TNE.shape[-1]], dim=-1)
-        return piecewise_attention(q_TND, k, v, packed.cut.pieces, self.softmax_scale).flatten(1)
+        return piecewise_attention(q_TND, k, v, packed.cut.pieces, self.softmax_scale, self.by).flatten(1)

@@ -153,6 +153,10 @@ def _layer_specs(config: BackboneConfig, backend: Any, scale: StepScale) -> tupl
     norm = backend.layer_norm()
     latent_norm = with_eps(norm, m.latent_norm_eps)
     column, row = backend.column_parallel_linear(), backend.row_parallel_linear()
+    core, by = backend.core_attention(), config.kernels.get("attention", "auto")
+    # Transformer Engine's cuts each document over the context-parallel ranks, and wants it padded to 2 x cp.
+    if config.mesh.cp > 1 or by != "auto":
+        core = ModuleSpec(module=PackedCoreAttention, params={"by": by})
     attention = ModuleSpec(
         module=LatentAttention,
         params={"attn_mask_type": AttnMaskType.causal},
@@ -162,8 +166,7 @@ def _layer_specs(config: BackboneConfig, backend: Any, scale: StepScale) -> tupl
             linear_q_up_proj=column,
             linear_kv_down_proj=backend.linear(),
             linear_kv_up_proj=column,
-            # Transformer Engine's cuts each document over the ranks, and wants it padded to 2 x cp.
-            core_attention=PackedCoreAttention if config.mesh.cp > 1 else backend.core_attention(),
+            core_attention=core,
             linear_proj=row,
             q_layernorm=IdentityOp if m.q_lora_rank is None else latent_norm,
             kv_layernorm=latent_norm,

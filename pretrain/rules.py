@@ -21,7 +21,7 @@ from perilune.pretrain.timetable import Timetable
 def check(config: Config, world: int) -> None:
     """Raise InputError for the first thing in `config` that does not fit `world` processes, or is not built."""
     check_fits(config, world)
-    for problem in _not_built(config):
+    for problem in (*_not_built(config), *_kernels(config)):
         raise InputError(problem)
 
 
@@ -60,6 +60,22 @@ def check_machine(config: Config, gpus: int) -> None:
         )
     for problem in _kernels_here(config.kernels, gpus):
         raise InputError(problem)
+
+
+def _kernels(config: Config) -> list[str]:
+    """What the kernels that were chosen do not take, on whatever machine."""
+    m, problems = config.model, []
+    if config.kernels.attention == "varlen_attn":
+        asked, instead = "kernels.attention=varlen_attn", "use kernels.attention=auto"
+        if config.precision.compute != "bf16":
+            problems.append(f"{asked} needs precision.compute=bf16, not {config.precision.compute}; {instead}")
+        size = m.qk_nope_head_dim + m.qk_rope_head_dim
+        if size % 8 or size > 256:
+            problems.append(
+                f"{asked} takes heads of a multiple of 8 up to 256, and model.qk_nope_head_dim={m.qk_nope_head_dim} + "
+                f"model.qk_rope_head_dim={m.qk_rope_head_dim} make {size}; {instead}"
+            )
+    return problems
 
 
 # Transformer Engine's first release that has it, as Megatron-core asks for it.

@@ -59,7 +59,8 @@ def run(config: Config, run_dir: Path, world: int, *, start: Start = Start(), pr
         stack.callback(log.close)
         if dist.get_rank() == 0:
             environment.record(run_dir, world, step)
-        log.say(f"{mesh.describe()} dp={mesh.dp}; {precision.name()}; attention by {attention.name()}; {meter.name}")
+        by = attention.name(config.kernels.attention)
+        log.say(f"{mesh.describe()} dp={mesh.dp}; {precision.name()}; attention by {by}; {meter.name}")
         log.say(f"step {step} of {plan.total_steps}, {state.tokens:,} of {plan.total_tokens:,} tokens are done")
         for line in begun.told:
             log.say(line)

@@ -208,6 +208,7 @@ class Kernels:
     The results are the same but for rounding. Off until they are measured beside what is chosen.
     """
 
+    attention: Literal["auto", "varlen_attn"] = "auto"  # PyTorch's, of packed rows in the decoder
     swiglu: Literal["auto", "compiled"] = "auto"  # Megatron-core's, of experts and dense layers
     permute: Literal["auto", "transformer_engine"] = "auto"  # into the experts' order and back
     router: Literal["auto", "transformer_engine"] = "auto"  # the choice of experts

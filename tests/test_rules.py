@@ -38,6 +38,11 @@ def _numbers(hint: Any) -> set[Any]:
             ["zero1=true (it is false)"],
         ),
         (["parallel.overlap_ep=true", "parallel.ep=2"], ["overlap_ep=true", "false"]),
+        (["kernels.attention=varlen_attn"], ["kernels.attention=varlen_attn", "compute=bf16, not fp32", "=auto"]),
+        (
+            ["kernels.attention=varlen_attn", "precision.compute=bf16", "model.qk_nope_head_dim=250"],
+            ["kernels.attention=varlen_attn", "nope_head_dim=250 + model.qk_rope_head_dim=8 make 258", "=auto"],
+        ),
         (["parallel.cuda_graphs=true"], ["cuda_graphs=true", "false"]),
         (["recompute.granularity=full", "recompute.modules=[moe]"], ["granularity=full", "selective"]),
         (
@@ -142,11 +147,14 @@ def test_this_machine_is_asked_apart_from_the_plan() -> None:
         rules.check_machine(flex, gpus=0)
 
 
-@pytest.mark.parametrize("word", ["swiglu=compiled", "permute=transformer_engine", "router=transformer_engine"])
+@pytest.mark.parametrize(
+    "word", ["attention=varlen_attn", "swiglu=compiled", "permute=transformer_engine", "router=transformer_engine"]
+)
 def test_kernels_are_planned_anywhere_and_refused_where_they_cannot_run(
     word: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, name = configs.resolve("tiny", [f"kernels.{word}"]), word.partition("=")[0]
+    config = configs.resolve("tiny", [f"kernels.{word}", "precision.compute=bf16"])
+    name = word.partition("=")[0]
     rules.check(config, 1)
     with pytest.raises(InputError, match=rf"^kernels\.{word} is a GPU's, .*; use kernels\.{name}=auto$"):
         rules.check_machine(config, gpus=0)

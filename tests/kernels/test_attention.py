@@ -1,11 +1,13 @@
 """Attention by document, in blocks and by SDPA, against the formula with a mask over the whole pack."""
 
+import inspect
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention import varlen
 from torch.utils.checkpoint import checkpoint
 
 from perilune.kernels import attention as attentions
@@ -166,10 +168,27 @@ def _like_flash_attn(version: int) -> Callable[..., Any]:
     return flash
 
 
-@pytest.mark.parametrize("version", [2, 4])
-def test_flash_attn_is_asked_for_the_same(version: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def _like_pytorch(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Ours of PyTorch's varlen_attn, in whose place stands what it documents; called as it really is."""
+    real = inspect.signature(varlen.varlen_attn)
+
+    def varlen_attn(*args: Any, **kwargs: Any) -> torch.Tensor:
+        q, k, v, *rest = real.bind(*args, **kwargs).args
+        names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+        window = {(-1, 0): True, (-1, -1): False}[kwargs["window_size"]]
+        of = dict(zip(names, rest, strict=True))
+        out: torch.Tensor = _like_flash_attn(2)(q, k, v, **of, softmax_scale=kwargs["scale"], causal=window)
+        return out
+
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
+    return attentions._pytorch_varlen
+
+
+@pytest.mark.parametrize("version", [2, 4, "PyTorch's"])
+def test_flash_attn_is_asked_for_the_same(version: int | str, monkeypatch: pytest.MonkeyPatch) -> None:
     """By documents, by pieces, whose keys overlap, and by images, which see all of themselves."""
-    monkeypatch.setattr(attentions, "_flash_for", lambda q: _like_flash_attn(version))
+    flash = _like_flash_attn(version) if isinstance(version, int) else _like_pytorch(monkeypatch)
+    monkeypatch.setattr(attentions, "_flash_for", lambda q, by="auto": flash)
     q, k, v = _qkv(13, 2, 12, 8)
     bounds = torch.tensor([0, 4, 11, 13], dtype=torch.int32)
     _same(varlen_attention(q, k, v, bounds, 7, 0.3), reference(q, k, v, bounds, 0.3), [q, k, v], 1e-5)
@@ -179,7 +198,7 @@ def test_flash_attn_is_asked_for_the_same(version: int, monkeypatch: pytest.Monk
     _same(piecewise_attention(q[mine], k, v, pieces, 0.3), expected, [q, k, v], 1e-5)
     q, k, v = _qkv(13, 2, 12, 12)
     by_flash = image_attention(q, k, v, bounds, 7, 0.3)
-    monkeypatch.setattr(attentions, "_flash_for", lambda q: None)
+    monkeypatch.setattr(attentions, "_flash_for", lambda q, by="auto": None)
     _same(by_flash, image_attention(q, k, v, bounds, 7, 0.3), [q, k, v], 1e-5)
 
 
