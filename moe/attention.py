@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.mappings import (
     gather_from_tensor_model_parallel_region,
@@ -28,13 +29,19 @@ class PackedRows(PackedSeqParams):
     """The documents of a micro-batch, in a form of which Megatron-core's attention reads only that tokens are packed.
 
     Its own boundaries stay None: it would apply RoPE document by document, and cut every document over
-    context-parallel ranks. Here each token carries its position instead.
+    context-parallel ranks. Here each token carries its position instead. `as_one` is for its Triton RoPE alone.
     """
 
     documents: torch.Tensor = None  # type: ignore[assignment]  # [documents+1] int32 boundaries in the whole pack
     longest: int = 0  # tokens of the longest document
     positions_T: torch.Tensor = None  # type: ignore[assignment]  # of this rank's tokens in their documents
     cut: context.Cut | None = None  # what this rank holds of the pack; None: all of it
+
+    def as_one(self) -> PackedRows:
+        """The same, and the whole pack as what Megatron-core takes for its one document."""
+        one = copy.copy(self)
+        one.cu_seqlens_q = one.cu_seqlens_kv = self.documents[:: len(self.documents) - 1].contiguous()
+        return one
 
     def for_core(self) -> PackedSeqParams:
         """The same boundaries as Transformer Engine's attention reads them."""
@@ -50,9 +57,10 @@ class PackedRows(PackedSeqParams):
 class PositionRope(torch.nn.Module):
     """Megatron-core's RoPE or YaRN, looked up by each token's position in its document."""
 
-    def __init__(self, table: torch.nn.Module) -> None:
+    def __init__(self, table: torch.nn.Module, triton: dist.ProcessGroup | None = None) -> None:
+        """`triton`: the context-parallel group where Megatron-core's Triton kernels read cos and sin."""
         super().__init__()
-        self.table = table
+        self.table, self._triton = table, triton
 
     def get_rotary_seq_len(self, *of_megatron: Any) -> PackedRows:
         """Megatron-core asks for a length here, with the packed rows last, and hands the answer to `forward`."""
@@ -72,13 +80,33 @@ class PositionRope(torch.nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Scaled cos and sin [T, 1, R / 2] of the angles: what Megatron-core asks for where its RoPE is fused.
 
-        In fp32, whatever `dtype` asks for: in bf16 they would be off by up to 1/512.
+        In fp32, whatever `dtype` asks for: in bf16 they would be off by up to 1/512. For Triton [T, 1, R].
         """
         del dtype
         found = self(packed, packed_seq)
         angles, scale = found if isinstance(found, tuple) else (found, 1.0)
-        half = angles[..., : angles.shape[-1] // 2]
-        return half.cos().float() * scale, half.sin().float() * scale
+        if self._triton is None:
+            angles = angles[..., : angles.shape[-1] // 2]
+        cos, sin = angles.cos().float() * scale, angles.sin().float() * scale
+        if self._triton is None:
+            return cos, sin
+        rank, size = self._triton.rank(), self._triton.size()
+        return _where_triton_reads(cos, rank, size), _where_triton_reads(sin, rank, size)
+
+
+def _where_triton_reads(x_T1R: torch.Tensor, rank: int, size: int) -> torch.Tensor:
+    """Rows of a context-parallel rank's tokens, one after the other, to where Megatron-core's kernels look for them.
+
+    They cut the pack, which they take for one document, into 2 x size chunks, and the rank's tokens for chunks rank and
+    2 size - 1 - rank. Returns [size * T, 1, R], of which they read what is written here.
+    """
+    if size == 1:
+        return x_T1R
+    half = len(x_T1R) // 2
+    out = x_T1R.new_empty(size * len(x_T1R), *x_T1R.shape[1:])
+    for chunk, part in ((rank, x_T1R[:half]), (2 * size - 1 - rank, x_T1R[half:])):
+        out[chunk * half : (chunk + 1) * half] = part
+    return out
 
 
 class LatentAttention(MLASelfAttention):
@@ -92,13 +120,32 @@ class LatentAttention(MLASelfAttention):
 
     config: Any  # MLATransformerConfig
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, rope: str = "auto", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.rotary_pos_emb: torch.nn.Module = PositionRope(self.rotary_pos_emb)
-        if not torch.cuda.is_available():
-            # Fused, by parallel/cpu.py: Megatron-core lets only YaRN ask for that, which the table may be or not be.
+        on_gpu = torch.cuda.is_available()
+        self._triton = on_gpu and rope == "triton"
+        group = self.pg_collection.cp if self._triton else None
+        self.rotary_pos_emb: torch.nn.Module = PositionRope(self.rotary_pos_emb, group)
+        if not on_gpu or self._triton:
+            # Fused, on a CPU by parallel/cpu.py: Megatron-core lets only YaRN ask for it, which the table need not be.
             self.config = copy.copy(self.config)
             self.config.apply_rope_fusion, self.config.rope_type = True, "yarn"
+
+    def get_query_key_value_tensors(
+        self,
+        hidden_states: torch.Tensor,
+        key_value_states: Any = None,
+        position_ids: Any = None,
+        packed_seq_params: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Megatron-core's: its Triton RoPE wants boundaries to find a token's angles by, and finds them one by one in
+        a pack of one document."""
+        packed = packed_seq_params.as_one() if self._triton else packed_seq_params
+        return super().get_query_key_value_tensors(
+            hidden_states, key_value_states, position_ids, packed, *args, **kwargs
+        )
 
     def _qkv_down_projection(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         q_compressed, kv_combined = super()._qkv_down_projection(hidden_states)

@@ -159,7 +159,7 @@ def _layer_specs(config: BackboneConfig, backend: Any, scale: StepScale) -> tupl
         core = ModuleSpec(module=PackedCoreAttention, params={"by": by})
     attention = ModuleSpec(
         module=LatentAttention,
-        params={"attn_mask_type": AttnMaskType.causal},
+        params={"attn_mask_type": AttnMaskType.causal, "rope": config.kernels.get("rope", "auto")},
         submodules=MLASelfAttentionSubmodules(
             linear_q_proj=column,
             linear_q_down_proj=backend.linear(),

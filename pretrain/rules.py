@@ -75,6 +75,20 @@ def _kernels(config: Config) -> list[str]:
                 f"{asked} takes heads of a multiple of 8 up to 256, and model.qk_nope_head_dim={m.qk_nope_head_dim} + "
                 f"model.qk_rope_head_dim={m.qk_rope_head_dim} make {size}; {instead}"
             )
+    if config.kernels.rope == "triton":
+        heads = f"model.num_attention_heads/parallel.tp={m.num_attention_heads}/{config.parallel.tp}"
+        sizes = {
+            "model.qk_nope_head_dim": m.qk_nope_head_dim,
+            "model.qk_rope_head_dim": m.qk_rope_head_dim,
+            "model.v_head_dim": m.v_head_dim,
+            heads: m.num_attention_heads // config.parallel.tp,  # with others it writes beyond the last block of heads
+        }
+        problems += [
+            f"kernels.rope=triton takes sizes that are powers of two, not {name}"
+            f"{'' if name == heads else f'={size}'}; use kernels.rope=auto"
+            for name, size in sizes.items()
+            if size & (size - 1)
+        ]
     return problems
 
 
@@ -91,6 +105,8 @@ def _kernels_here(kernels: Kernels, gpus: int) -> list[str]:
         asked, instead = f"kernels.{name}={chosen}", f"use kernels.{name}=auto"
         if not gpus:
             problems.append(f"{asked} is a GPU's, and there is none here; {instead}")
+        elif chosen == "triton" and importlib.util.find_spec("triton") is None:
+            problems.append(f"{asked} needs Triton, which comes with torch for CUDA, and here is none; {instead}")
         elif chosen == "transformer_engine" and (found := _transformer_engine()) < Version(_SINCE[name]):
             here = found if found.release > (0,) else "none"
             problems.append(

@@ -212,6 +212,7 @@ class Kernels:
     swiglu: Literal["auto", "compiled"] = "auto"  # Megatron-core's, of experts and dense layers
     permute: Literal["auto", "transformer_engine"] = "auto"  # into the experts' order and back
     router: Literal["auto", "transformer_engine"] = "auto"  # the choice of experts
+    rope: Literal["auto", "triton"] = "auto"  # Megatron-core's of MLA
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ def test_what_a_gpu_refuses_is_refused(players: Workers) -> None:
     ("name", "kernels"),
     [
         ("tp2 ep2", Kernels()),
-        ("cp2 micro2", Kernels()),
+        ("cp2 micro2", Kernels(rope="triton")),
         ("pp2 vpp2 micro2 (mtp2)", Kernels(swiglu="compiled")),
         ("tp2 micro2 (vlm)", Kernels()),
     ],

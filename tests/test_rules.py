@@ -43,6 +43,11 @@ def _numbers(hint: Any) -> set[Any]:
             ["kernels.attention=varlen_attn", "precision.compute=bf16", "model.qk_nope_head_dim=250"],
             ["kernels.attention=varlen_attn", "nope_head_dim=250 + model.qk_rope_head_dim=8 make 258", "=auto"],
         ),
+        (["kernels.rope=triton", "model.v_head_dim=24"], ["kernels.rope=triton", "model.v_head_dim=24;", "=auto"]),
+        (
+            ["kernels.rope=triton", "model.num_attention_heads=12", "parallel.tp=2"],
+            ["not model.num_attention_heads/parallel.tp=12/2; use"],
+        ),
         (["parallel.cuda_graphs=true"], ["cuda_graphs=true", "false"]),
         (["recompute.granularity=full", "recompute.modules=[moe]"], ["granularity=full", "selective"]),
         (
@@ -148,7 +153,14 @@ def test_this_machine_is_asked_apart_from_the_plan() -> None:
 
 
 @pytest.mark.parametrize(
-    "word", ["attention=varlen_attn", "swiglu=compiled", "permute=transformer_engine", "router=transformer_engine"]
+    "word",
+    [
+        "attention=varlen_attn",
+        "swiglu=compiled",
+        "permute=transformer_engine",
+        "router=transformer_engine",
+        "rope=triton",
+    ],
 )
 def test_kernels_are_planned_anywhere_and_refused_where_they_cannot_run(
     word: str, monkeypatch: pytest.MonkeyPatch
@@ -158,8 +170,13 @@ def test_kernels_are_planned_anywhere_and_refused_where_they_cannot_run(
     rules.check(config, 1)
     with pytest.raises(InputError, match=rf"^kernels\.{word} is a GPU's, .*; use kernels\.{name}=auto$"):
         rules.check_machine(config, gpus=0)
-    if "transformer_engine" not in word:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    if word == "rope=triton":
+        with pytest.raises(InputError, match="needs Triton"):
+            rules.check_machine(config, gpus=1)
+    elif "transformer_engine" not in word:
         rules.check_machine(config, gpus=1)
+    if "transformer_engine" not in word:
         return
     with pytest.raises(InputError, match=rf"kernels\.{word} needs Transformer Engine 2\.[16] .* here is none: pip"):
         rules.check_machine(config, gpus=1)

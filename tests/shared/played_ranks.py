@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import megatron.core.parallel_state
+import rope_like_triton
 import torch
 import torch.distributed as dist
+from megatron.core.transformer import multi_latent_attention
 from played_gpu import WrongPlace
 
 from perilune.parallel import mesh as meshes
@@ -22,8 +24,19 @@ from perilune.pretrain.schema import Config, Kernels
 
 
 def trained_with(kernels: Kernels, config: Config, *rest: Any) -> probe.Trained:
-    """`probe.train` with these kernels."""
-    return probe.train(replace(config, kernels=kernels), *rest)
+    """`probe.train` with these kernels; in the place of Triton's stand rope_like_triton.py's."""
+    names = ("fused_apply_mla_rope_for_q", "fused_apply_mla_rope_for_kv")
+    own = [getattr(multi_latent_attention, name) for name in names]
+    for name, ours in zip(names, (rope_like_triton.queries, rope_like_triton.keys_and_values), strict=True):
+        setattr(multi_latent_attention, name, ours)
+    rope_like_triton.calls.clear()
+    try:
+        found = probe.train(replace(config, kernels=kernels), *rest)
+    finally:
+        for name, theirs in zip(names, own, strict=True):
+            setattr(multi_latent_attention, name, theirs)
+    assert bool(rope_like_triton.calls) == (kernels.rope == "triton")
+    return found
 
 
 def training(configs: list[Config], run_dir: Path) -> None:
