@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,8 @@ from perilune.pretrain.plan.counts import parameters
 
 # Rivals that a CPU, or a machine without them, does not run.
 ELSEWHERE = {"varlen_attn, v padded", "flash-attn 2", "flash-attn 4", "F.linear_cross_entropy", "Transformer Engine's",
-             "matmul and Transformer Engine's"}  # fmt: skip
+             "matmul and Transformer Engine's", "Megatron-core's in Triton",
+             "Transformer Engine's and Megatron-core's fused SwiGLU"}  # fmt: skip
 
 
 def test_the_step_runs_with_both_kinds_of_routing_and_keeps_them_apart(workers: Workers) -> None:
@@ -28,6 +29,19 @@ def test_the_step_runs_with_both_kinds_of_routing_and_keeps_them_apart(workers: 
     for routing in ("natural", "balanced"):
         assert len(found[routing]["step_s"]) == len(found[routing]["losses"]) == 3
     assert found["rows"] == 2 and found["rows_out_of_memory"] == []
+
+
+def test_a_choice_of_kernels_begins_with_the_same_loss(workers: Workers) -> None:
+    auto, swiglu = (
+        workers.run(1, gpu_slice.choice_speed, gpu_slice.SMALL, name, 1, 1)[0] for name in ("auto", "swiglu")
+    )
+    for found in (auto, swiglu):
+        gpu_slice.check_choice(found, auto)
+        assert found["rows"] == 2 and len(found["step_s"]) == 2
+    for name, kernels in gpu_slice.CHOICES.items():
+        rules.check(gpu_slice.slice_config(gpu_slice.Shape(), kernels=kernels), 1)
+        assert {of for of, chosen in asdict(kernels).items() if chosen != "auto"} == {name} - {"auto"}
+    assert set(gpu_slice.CHOICES) == {"auto", *asdict(gpu_slice.CHOICES["auto"])}
 
 
 def test_fewer_rows_where_memory_ends(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,6 +43,12 @@ def gpu(processes: dict[str, Process], request: pytest.FixtureRequest) -> Proces
     return processes[request.param]
 
 
+@pytest.fixture(scope="session")
+def speeds() -> dict[tuple[str, str], Any]:
+    """What `choice_speed` found by (whose modules, choice)."""
+    return {}
+
+
 @pytest.fixture
 def ours(processes: dict[str, Process]) -> Process:
     """The process with the GPU and our modules, for what does not depend on whose modules they are."""

@@ -19,7 +19,7 @@ from gpu_timing import free, timed
 from perilune.parallel import mesh as meshes
 from perilune.parallel import precision
 
-Operation = Callable[..., torch.Tensor]
+Operation = Callable[..., Any]  # a tensor, or those of several kinds; a module's weights get gradients too
 # Ours, the rivals by name, the inputs (those of floating point get gradients), matmul FLOPs of forward and backward.
 Contest = tuple[Operation, dict[str, Operation], list[torch.Tensor], float]
 
@@ -55,6 +55,7 @@ def _contest(contest: Contest, rounds: int) -> dict[str, Any]:
                 raise
             failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
             continue
+        out = _scores(*out) if isinstance(out, tuple) else out
         if want is None:
             want = out
         away = float((out.float() - want.float()).norm() / want.float().norm().clamp(min=1e-30))
@@ -77,11 +78,18 @@ def _contest(contest: Contest, rounds: int) -> dict[str, Any]:
     }
 
 
-def _both_ways(operation: Operation, inputs: list[torch.Tensor]) -> torch.Tensor:
+def _both_ways(operation: Operation, inputs: list[torch.Tensor]) -> Any:
     out = operation(*inputs)
     wanted = [x for x in inputs if x.requires_grad]
-    torch.autograd.grad(out, wanted, torch.ones_like(out), allow_unused=True)
-    return out.detach()
+    wanted += operation.parameters() if isinstance(operation, torch.nn.Module) else []
+    outs = out if isinstance(out, tuple) else (out,)
+    torch.autograd.grad(outs, wanted, [torch.ones_like(x) for x in outs], allow_unused=True)
+    return tuple(x.detach() for x in outs) if isinstance(out, tuple) else out.detach()
+
+
+def _scores(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """What attention sees of queries, keys and values: no order of the pairs that RoPE turns changes it."""
+    return torch.cat(((q.float() * k.float()).sum(-1), v.float().flatten(1)), dim=-1)
 
 
 def _normal(shape: tuple[int, ...], dtype: torch.dtype, size: float = 1.0) -> torch.Tensor:
@@ -167,18 +175,58 @@ def _experts(shares: tuple[float, ...]) -> Callable[[Shape, torch.dtype, Operati
             return torch.cat(outs)
 
         def fused(x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
-            from megatron.core.fusions.fused_bias_swiglu import weighted_bias_swiglu_impl
-
             ends = counts_E.to(x.device).cumsum(0).to(torch.int32)
             h = F.grouped_mm(x, w1.transpose(1, 2), offs=ends)
-            act = weighted_bias_swiglu_impl(h, None, probs[:, None])
-            return F.grouped_mm(act, w2.transpose(1, 2), offs=ends)
+            return F.grouped_mm(_compiled_swiglu(h, probs), w2.transpose(1, 2), offs=ends)
 
         flops = 3 * 2 * sum(sizes) * 3 * H * width
-        rivals = {"loop of torch.mm": loop, "grouped_mm and Megatron-core's fused SwiGLU": fused}
+        rivals = {
+            "loop of torch.mm": loop,
+            "grouped_mm and Megatron-core's fused SwiGLU": fused,
+            "Transformer Engine's": EngineExperts(sizes, _swiglu),
+            "Transformer Engine's and Megatron-core's fused SwiGLU": EngineExperts(sizes, _compiled_swiglu),
+        }
         return lambda x, a, b, p: ours(x, a, b, counts_E, p), rivals, inputs, flops
 
     return contest
+
+
+def _swiglu(h: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
+    gate, up = h.chunk(2, dim=-1)
+    return F.silu(gate) * up * probs[:, None]
+
+
+def _compiled_swiglu(h: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
+    from megatron.core.fusions.fused_bias_swiglu import weighted_bias_swiglu_impl
+
+    act: torch.Tensor = weighted_bias_swiglu_impl(h, None, probs[:, None])
+    return act
+
+
+class EngineExperts(torch.nn.Module):
+    """Transformer Engine's grouped matmuls, with weights of their own that begin as those of the first call."""
+
+    def __init__(self, sizes: list[int], act: Operation) -> None:
+        super().__init__()
+        self._sizes, self._act, self.linears = sizes, act, torch.nn.ModuleList()
+
+    def forward(self, x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
+        if not self.linears:
+            self.linears.extend(map(self._linear, (w1, w2)))
+        first, second = self.linears
+        out: torch.Tensor = second(self._act(first(x, self._sizes), probs), self._sizes)
+        return out
+
+    def _linear(self, weight_EOI: torch.Tensor) -> torch.nn.Module:
+        from transformer_engine.pytorch import GroupedLinear
+
+        E, outputs, inputs = weight_EOI.shape
+        kind = {"params_dtype": weight_EOI.dtype, "device": weight_EOI.device}
+        made: torch.nn.Module = GroupedLinear(E, inputs, outputs, bias=False, **kind)
+        with torch.no_grad():
+            for e in range(E):
+                getattr(made, f"weight{e}").copy_(weight_EOI[e])
+        return made
 
 
 def _norm(shape: Shape, dtype: torch.dtype, ours: Operation) -> Contest:
@@ -283,6 +331,41 @@ def _rope(shape: Shape, dtype: torch.dtype, ours: Operation) -> Contest:
     return lambda x: ours(x, turns), rivals, [_normal((T, shape.heads, R), dtype)], 0.0
 
 
+def _mla_rope(shape: Shape, dtype: torch.dtype, ours: Operation) -> Contest:
+    """MLA's queries, keys and values from what the projections give; what turns queries in place gets a copy first."""
+    from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
+
+    rope = importlib.import_module("perilune.kernels.rope")
+    T, N, P, R, E, here = shape.seq_len, shape.heads, shape.nope, shape.rope, shape.value, meshes.device()
+    angles_T1C = torch.outer(torch.arange(T, device=here), 10000.0 ** -(torch.arange(0, R, 2, device=here) / R))[
+        :, None
+    ]
+    twice_T1R = torch.cat((angles_T1C, angles_T1C), dim=-1)
+    turns, cos, sin = torch.polar(torch.ones_like(angles_T1C), angles_T1C), twice_T1R.cos(), twice_T1R.sin()
+    ends = torch.tensor([0, T], dtype=torch.int32, device=here)
+
+    def mine(q: torch.Tensor, kv: torch.Tensor, key: torch.Tensor) -> Any:
+        return rope.rotate_tails(q.clone(), turns), *ours(kv, rope.rotate_neighbours(key, turns), P)
+
+    def megatron(q: torch.Tensor, kv: torch.Tensor, key: torch.Tensor) -> Any:
+        (own, turned), (k_own, value) = q.split([P, R], dim=-1), kv.split([P, E], dim=-1)
+        turned, key = (
+            _apply_rotary_pos_emb_bshd(x, twice_T1R, rotary_interleaved=False, mla_rotary_interleaved=True)
+            for x in (turned, key)
+        )
+        keys = torch.cat((k_own, key.expand(-1, N, -1)), dim=-1)
+        return torch.cat((own, turned), dim=-1), keys, value.contiguous()
+
+    def triton(q: torch.Tensor, kv: torch.Tensor, key: torch.Tensor) -> Any:
+        from megatron.core.fusions import fused_mla_yarn_rope_apply as fused
+
+        turned = fused.fused_apply_mla_rope_for_q(q.clone(), cos, sin, P, R, ends)
+        return turned, *fused.fused_apply_mla_rope_for_kv(kv, key, cos, sin, R, P, E, ends)
+
+    rivals = {"Megatron-core's": megatron, "Megatron-core's in Triton": triton}
+    return mine, rivals, [_normal(size, dtype) for size in ((T, N, P + R), (T, N, P + E), (T, 1, R))], 0.0
+
+
 def _router(shape: Shape, dtype: torch.dtype, ours: Operation) -> Contest:
     """V3's choice among all experts; the rival scores all groups and masks, as Megatron-core does without fusion."""
     from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
@@ -318,6 +401,7 @@ CONTESTS: dict[str, tuple[str, str, Callable[[Shape, torch.dtype, Operation], Co
     "cross_entropy": ("kernels.cross_entropy", "linear_cross_entropy", _cross_entropy),
     "permute": ("kernels.permute", "permute", _permute),
     "rope": ("kernels.rope", "rotate_neighbours", _rope),
+    "rope of MLA": ("kernels.rope", "keys_and_values", _mla_rope),
     "router": ("moe.router", "topk_routing_with_score_function", _router),
 }
 

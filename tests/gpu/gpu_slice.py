@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,8 +33,8 @@ from perilune.pretrain.data.shard import Row
 from perilune.pretrain.objective import next_token
 from perilune.pretrain.optim import optimizer
 from perilune.pretrain.plan.counts import flops_per_token
-from perilune.pretrain.schema import Config, Parallel, Precision, Recompute
-from perilune.pretrain.step import train_step
+from perilune.pretrain.schema import Config, Kernels, Parallel, Precision, Recompute
+from perilune.pretrain.step import StepResult, train_step
 from perilune.pretrain.timetable import StepPlan
 
 
@@ -66,7 +67,19 @@ SMALL = Shape(
 )  # fmt: skip
 
 
-def slice_config(shape: Shape, compute: str = "bf16") -> Config:
+# Of the keys `kernels.*`, what is compared with all on auto; those of THEIRS need Transformer Engine.
+CHOICES = {
+    "auto": Kernels(),
+    "attention": Kernels(attention="varlen_attn"),
+    "swiglu": Kernels(swiglu="compiled"),
+    "rope": Kernels(rope="triton"),
+    "permute": Kernels(permute="transformer_engine"),
+    "router": Kernels(router="transformer_engine"),
+}
+THEIRS = ("permute", "router")
+
+
+def slice_config(shape: Shape, compute: str = "bf16", kernels: Kernels = CHOICES["auto"]) -> Config:
     """One dense layer and two of experts, no MTP and no balance loss, nothing recomputed."""
     v3 = presets.get("deepseek_v3")
     model = replace(
@@ -83,6 +96,7 @@ def slice_config(shape: Shape, compute: str = "bf16") -> Config:
         parallel=Parallel(),
         recompute=Recompute(),
         precision=Precision(compute=compute),  # type: ignore[arg-type]
+        kernels=kernels,
     )
 
 
@@ -95,11 +109,24 @@ def slice_speed(shape: Shape, warm: int, rounds: int, compute: str = "bf16") -> 
     Each apart: tokens a second, model FLOP/s, its part of the measured matmul rate and of the device's published peak,
     and the load of the fullest expert over the mean.
     """
+    return _what_fits(shape, _slice_speed, warm, rounds, compute)
+
+
+def choice_speed(shape: Shape, choice: str, warm: int, rounds: int, compute: str = "bf16") -> dict[str, Any]:
+    """The step with one of CHOICES and the router's own choices. Weights are drawn on the device, which is quicker."""
+    own, models.draw_weights = models.draw_weights, _draw_there
+    try:
+        return _what_fits(shape, _choice_speed, choice, warm, rounds, compute)
+    finally:
+        models.draw_weights = own
+
+
+def _what_fits(shape: Shape, measure: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    """`measure(shape, rows, *arguments)` with the most rows that memory holds."""
     too_many = []
     for rows in shape.rows:
         try:
-            found = _slice_speed(shape, rows, warm, rounds, compute)
-            return {**found, "rows_out_of_memory": too_many}
+            return {**measure(shape, rows, *arguments), "rows_out_of_memory": too_many}
         except torch.OutOfMemoryError:
             too_many.append(rows)
         finally:
@@ -109,14 +136,7 @@ def slice_speed(shape: Shape, warm: int, rounds: int, compute: str = "bf16") -> 
 
 def _slice_speed(shape: Shape, rows: int, warm: int, rounds: int, compute: str) -> dict[str, Any]:
     config = slice_config(shape, compute)
-    mesh = rules.mesh_of(config, 1)
-    meshes.start(mesh, timeout_s=60)
-    net = models.build(config, mesh)
-    adam = optimizer.build(config, net)
-    tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, (rows, shape.seq_len)).astype(np.uint32)
-    bounds, mask = np.array([0, shape.seq_len], np.int32), np.ones(shape.seq_len, np.uint8)
-    batch = [collate([Row(str(i), row, bounds, mask) for i, row in enumerate(tokens)], 0, True)]
-    todo = StepPlan(rows=rows, lr=config.optim.lr, mtp_weight=0.0, bias_speed=0.0)
+    net, step = _start(config, rows)
     rate = matmul_rate(shape.matmul, compute)
     peak_name, peak = meter.peak(precision.dtype(compute))
     flops = flops_per_token(config.model, shape.seq_len).training
@@ -132,29 +152,70 @@ def _slice_speed(shape: Shape, rows: int, warm: int, rounds: int, compute: str) 
     for routing in ("natural", "balanced"):
         if routing == "balanced":
             force_balance(net)
-        seconds, losses, skipped, load = [], [], 0, torch.zeros(1)
-        for _ in range(warm + rounds):
-            began = time.perf_counter()
-            result = train_step(net, adam, batch, next_token, todo, clip=config.optim.clip)
-            wait()
-            seconds.append(time.perf_counter() - began)
-            losses.append(result.loss)
-            skipped += result.skipped
-            assert result.load_LE is not None
-            load = result.load_LE
-        speed = rows * shape.seq_len / statistics.median(seconds[warm:])
+        one, load = _steps(step, warm, rounds, rows * shape.seq_len)
+        speed = one["tokens_per_s"]
         found[routing] = {
-            "tokens_per_s": speed,
+            **one,
             "model_flops_per_s": speed * flops,
             "of_matmul_rate": speed * flops / rate,
             "of_peak": speed * flops / peak if peak else None,
             "fullest_expert_over_mean": float((load.max(-1).values / load.mean(-1)).max()),
-            "step_s": seconds,
-            "losses": losses,
-            "skipped": skipped,
-            "peak_memory_bytes": result.memory,
         }
     return found
+
+
+def _choice_speed(shape: Shape, rows: int, choice: str, warm: int, rounds: int, compute: str) -> dict[str, Any]:
+    config = slice_config(shape, compute, CHOICES[choice])
+    rules.check(config, 1)
+    _, step = _start(config, rows)
+    found, _ = _steps(step, warm, rounds, rows * shape.seq_len)
+    return {**found, "rows": rows, "seq_len": shape.seq_len, "modules": precision.name()}
+
+
+def _start(config: Config, rows: int) -> tuple[models.Model, Callable[[], StepResult]]:
+    """The model, and a step of it on one micro-batch of random tokens."""
+    mesh, length = rules.mesh_of(config, 1), config.data.seq_len
+    meshes.start(mesh, timeout_s=60)
+    net = models.build(config, mesh)
+    adam = optimizer.build(config, net)
+    tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, (rows, length)).astype(np.uint32)
+    bounds, mask = np.array([0, length], np.int32), np.ones(length, np.uint8)
+    batch = [collate([Row(str(i), row, bounds, mask) for i, row in enumerate(tokens)], 0, True)]
+    todo = StepPlan(rows=rows, lr=config.optim.lr, mtp_weight=0.0, bias_speed=0.0)
+    return net, lambda: train_step(net, adam, batch, next_token, todo, clip=config.optim.clip)
+
+
+def _steps(step: Callable[[], StepResult], warm: int, rounds: int, tokens: int) -> tuple[dict[str, Any], torch.Tensor]:
+    """What `rounds` steps of so many tokens take after `warm` others, and the experts' load in the last."""
+    seconds, losses, skipped, load = [], [], 0, torch.zeros(1)
+    for _ in range(warm + rounds):
+        began = time.perf_counter()
+        result = step()
+        wait()
+        seconds.append(time.perf_counter() - began)
+        losses.append(result.loss)
+        skipped += result.skipped
+        assert result.load_LE is not None
+        load = result.load_LE
+    found = {
+        "tokens_per_s": tokens / statistics.median(seconds[warm:]),
+        "step_s": seconds,
+        "losses": losses,
+        "skipped": skipped,
+        "peak_memory_bytes": result.memory,
+    }
+    return found, load
+
+
+def _draw_there(part: torch.nn.Module, seed: int, std: Callable[[str], float]) -> None:
+    """In the place of `draw_weights`: other numbers of the same spread, where they are used."""
+    generator = torch.Generator(meshes.device()).manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in part.named_parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0.0, std(name), generator=generator)
+            else:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
 
 
 def matmul_rate(n: int, compute: str) -> float:
@@ -162,6 +223,13 @@ def matmul_rate(n: int, compute: str) -> float:
     a, b = (torch.randn(n, n, device=meshes.device()).to(precision.dtype(compute)) for _ in range(2))
     seconds = [timed(lambda: a @ b) for _ in range(13)]
     return float(2 * n**3 / statistics.median(seconds[3:]))
+
+
+def check_choice(found: dict[str, Any], auto: dict[str, Any] | None) -> None:
+    """Assert that `choice_speed` measured steps, and that they begin as those with all on auto do, bf16 apart."""
+    assert all(map(math.isfinite, found["losses"])) and not found["skipped"] and found["tokens_per_s"] > 0, found
+    if auto is not None:
+        assert abs(found["losses"][0] / auto["losses"][0] - 1) < 2e-3, (found["losses"], auto["losses"])
 
 
 def check_step(found: dict[str, Any]) -> None:

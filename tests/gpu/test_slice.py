@@ -10,10 +10,12 @@ from typing import Any
 
 import gpu_contests
 import gpu_slice
+import pytest
 from gpu_process import Process
 
 WARM, ROUNDS = 2, 6  # steps of each routing; not timed, and timed
 KERNEL_ROUNDS = 10
+CHOICE_WARM, CHOICE_ROUNDS = 2, 3  # steps with one choice of kernels
 GOAL = 0.5  # of the rate of a large matmul, for the whole step
 
 
@@ -33,3 +35,18 @@ def test_kernels_beside_their_rivals_in_bf16(gpu: Process, record: Any) -> None:
     measured = [name for name, one in found.items() if "ours_s" in one]
     assert {"attention, 1 document", "experts, balanced"} <= set(measured)
     assert all(math.isfinite(found[name]["ours_s"]) for name in measured)
+
+
+@pytest.mark.parametrize("choice", list(gpu_slice.CHOICES))
+def test_a_step_with_each_choice_of_kernels(
+    choice: str, gpu: Process, record: Any, speeds: dict[tuple[str, str], Any], request: pytest.FixtureRequest
+) -> None:
+    """`over_auto` above 1: the key `kernels.<choice>` should be on."""
+    modules = request.node.callspec.params["gpu"]
+    if choice in gpu_slice.THEIRS and modules != "te":
+        pytest.skip("needs Transformer Engine")
+    found = gpu.run("choice_speed", gpu_slice.Shape(), choice, CHOICE_WARM, CHOICE_ROUNDS)
+    auto = speeds.get((modules, "auto"))
+    record(found | ({"over_auto": found["tokens_per_s"] / auto["tokens_per_s"]} if auto else {}))
+    speeds[modules, choice] = found
+    gpu_slice.check_choice(found, auto)
