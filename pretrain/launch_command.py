@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,19 +56,29 @@ def told(error: JobError) -> InputError:
     return Unanswered(str(error)) if isinstance(error, NoAnswer) else InputError(str(error))
 
 
-def job_of(given: Asked, *, nodes: tuple[int, int], procs_per_node: int, options: dict[str, Any], **more: Any) -> Job:
-    """The job of options that every launcher has, its layout checked. Raises InputError."""
+def job_of(
+    given: Asked,
+    *,
+    nodes: tuple[int, int],
+    procs_per_node: int,
+    options: dict[str, Any],
+    swept: Sequence[Config] = (),
+    **more: Any,
+) -> Job:
+    """The job of options that every launcher has, its layout checked: that of every run where a sweep has several, so
+    that with fewer nodes all of them fit. Raises InputError."""
     from perilune.pretrain import train_command as here
 
     fewest, most = nodes
     world = most * procs_per_node
     worlds: tuple[int, ...] = ()
     if given.config is not None:
-        if not options.get("sweep"):  # whose values may name them
-            here.check_data_named(given.config)
-        rules.check(given.config, world)
+        runs = swept or [given.config]
+        for config in runs:
+            here.check_data_named(config)
+            rules.check(config, world)
         counts = [n * procs_per_node for n in range(fewest, most + 1)]
-        worlds = tuple(count for count in counts if _fits(given.config, count))
+        worlds = tuple(count for count in counts if all(_fits(config, count) for config in runs))
     for pair in options["env"]:
         if "=" not in pair:
             raise InputError(f"--env {pair!r}: write NAME=VALUE")
@@ -140,11 +151,13 @@ def launch_slurm(**options: Any) -> int:
     more: dict[str, Any] = {"gpus_per_node": gpus, "image": options["image"], "mounts": tuple(options["mounts"])}
     more |= {"program": ("perilune",)} if options["image"] else {}
     try:
+        sweep = slurm_script.parse_sweep(options["sweep"])
         job = job_of(
             given,
             nodes=options["nodes"],
             procs_per_node=options["procs_per_node"] or gpus or 1,
             options=options,
+            swept=_swept(given, sweep),
             time_s=slurm_script.seconds(options["time_limit"]),
             **more,
         )
@@ -156,13 +169,9 @@ def launch_slurm(**options: Any) -> int:
             qos=options["qos"] or "",
             exclude=options["exclude"] or "",
             chain=options["chain"],
-            sweep=slurm_script.parse_sweep(options["sweep"]),
+            sweep=sweep,
             site=slurm_script.Site.read(options["site"]) if options["site"] else slurm_script.Site(),
         )
-        if placement.sweep:
-            if given.config is None:
-                raise InputError("--sweep adds key=value to `train`; another command takes none")
-            _check_sweep(slurm.runs_of(job, placement), job.world)
         file = (options["script"] or Papers(job.run_dir).folder / "job.sh").resolve()
         if options["dry_run"]:
             if config is not None and not options["image"]:
@@ -183,15 +192,14 @@ def launch_slurm(**options: Any) -> int:
     return 0
 
 
-def _check_sweep(runs: list[Job], world: int) -> None:
-    """Refuse a value that the run could not start with. Raises InputError."""
-    from perilune.pretrain import train_command as here
+def _swept(given: Asked, sweep: tuple[tuple[str, tuple[str, ...]], ...]) -> list[Config]:
+    """The configuration of each run. Raises InputError, JobError."""
+    from perilune.launch import slurm_script
 
-    for run in runs:
-        config = asked(run.arguments).config
-        assert config is not None
-        here.check_data_named(config)
-        rules.check(config, world)
+    if sweep and given.config is None:
+        raise InputError("--sweep adds key=value to `train`; another command takes none")
+    found = [asked((*given.arguments, *words)).config for _, words in slurm_script.tasks_of(sweep)]
+    return [config for config in found if config is not None]
 
 
 def launch_ray(**options: Any) -> int:
