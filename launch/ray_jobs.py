@@ -16,6 +16,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from urllib.parse import urlsplit
 
 from perilune.launch import local
 from perilune.launch.job import Job, JobError, NoAnswer, Papers
-from perilune.launch.launchers import refuse_second
+from perilune.launch.launchers import claimed
 from perilune.launch.ray_driver import QUIET, own_cluster, stop_file
 
 _ANSWER_S = 30.0
@@ -66,25 +67,35 @@ def describe(job: Job, address: str | None) -> str:
     return "\n".join([*lines, shlex.join(job.command)])
 
 
-def run(job: Job, address: str | None, *, insecure: bool, wait: bool) -> int:
+def run(
+    job: Job, address: str | None, *, insecure: bool, wait: bool, prepare_run: Callable[[], None] = lambda: None
+) -> int:
     """Start the run; with `wait` stay to its end and return its exit code. SIGTERM and Ctrl-C end it with a checkpoint.
 
-    Raises JobError for a cluster that refuses, or takes jobs from anybody; NoAnswer for one that does not answer, when
-    it has been asked again for a while if it has taken the job.
+    `prepare_run` is called before it starts, once no other launch can have its folder. Raises JobError for a cluster
+    that refuses, or takes jobs from anybody; NoAnswer for one that does not answer, when it has been asked again for a
+    while if it has taken the job.
     """
     papers = Papers(job.run_dir)
     client = check(address, insecure)
-    refuse_second(papers)
     if address is None and not wait:
         raise JobError("--no-wait needs --address: a cluster of this machine for one run ends with this command")
-    number = _not_taken(papers, address) or f"perilune_{secrets.token_hex(8)}"
-    papers.folder.mkdir(parents=True, exist_ok=True)
-    stop_file(papers).unlink(missing_ok=True)
-    if client is None:
-        return _run_here(job, papers)
-    where = {"launcher": "ray", "address": address, "job": number, "run_dir": str(job.run_dir)}
+    with claimed(papers):
+        prepare_run()
+        number = _not_taken(papers, address) or f"perilune_{secrets.token_hex(8)}"
+        stop_file(papers).unlink(missing_ok=True)
+        if client is None:
+            return _run_here(job, papers)
+        where = {"launcher": "ray", "address": address, "job": number, "run_dir": str(job.run_dir)}
+        _submit(client, job, where, papers)
+    return _stay(client, where, papers) if wait else 0
+
+
+def _submit(client: Any, job: Job, where: dict[str, Any], papers: Papers) -> None:
+    """Raises JobError, NoAnswer."""
     # Before, and left there after an error: a job that nobody knows of could be submitted a second time.
     papers.write(job, where)
+    number, address = where["job"], where["address"]
     try:
         client.submit_job(**_submission(job), submission_id=number)
     except Exception as error:  # of requests, of Ray: what the server said is all there is to say
@@ -95,7 +106,6 @@ def run(job: Job, address: str | None, *, insecure: bool, wait: bool) -> int:
         if there == _NOT_KNOWN:
             raise JobError(said) from error
     print(f"submitted: job {number} to {address}", file=sys.stderr, flush=True)
-    return _stay(client, where, papers) if wait else 0
 
 
 def check(address: str | None, insecure: bool) -> Any:
@@ -148,7 +158,7 @@ def _submission(job: Job) -> dict[str, Any]:
 
 def _run_here(job: Job, papers: Papers) -> int:
     """A driver with a cluster of its own; both end with this process."""
-    papers.write(job, {**local.where(), "launcher": "ray", "run_dir": str(job.run_dir)})
+    papers.write(job, {**local.where(job), "launcher": "ray"})
     child = str(Path(local.__file__).with_name("child.py"))
     command = [sys.executable, "-S", "-P", child, str(os.getpid()), "-", "-", *entrypoint(job), "--here"]
     with local.signals_that_ask() as asked:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,7 @@ def launch_local(**options: Any) -> int:
         here.refuse_second(given.run_dir)
         if config is not None:
             here.check_here(config, given.run_dir, nproc, gpus, given.start)
-        code = here.start_here(job, agent, as_json)
+        code = here.start_here(job, agent, as_json, prepare_run=partial(here.prepare, config, given.run_dir))
     finally:
         local.dismiss(agent)
     if as_json:
@@ -225,7 +226,8 @@ def launch_ray(**options: Any) -> int:
             here.check_here(config, given.run_dir, job.world, gpus, given.start)
         elif config is not None:
             here.check_data_if_seen(config)
-        code = ray_jobs.run(job, address, insecure=options["insecure"], wait=options["wait"])
+        prepare_run = partial(here.prepare, None if address else config, given.run_dir)  # else the job's rank 0 does
+        code = ray_jobs.run(job, address, insecure=options["insecure"], wait=options["wait"], prepare_run=prepare_run)
     except JobError as error:
         raise told(error) from error
     if options["as_json"]:
