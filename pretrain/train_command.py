@@ -17,6 +17,7 @@ from perilune.launch.job import Job, JobError, NoAnswer, Papers
 from perilune.parallel import late_compile
 from perilune.pretrain import checkpoint_files, doctor, presets, rules, vital_signs
 from perilune.pretrain import config as configs
+from perilune.pretrain.data import storage
 from perilune.pretrain.data.storage import is_url
 from perilune.pretrain.errors import InputError, Unanswered
 from perilune.pretrain.schema import Config
@@ -228,6 +229,8 @@ def _check_data(config: Config, newest: Path | None = None) -> None:
 
     depth, vocabulary, vision = config.model.num_nextn_predict_layers, config.model.vocab_size, config.vision
     data = dataclasses.replace(config.data, workers=0)
+    if _world_of_environment() is None:  # a process of a run waits for a store that is away; a command tells soon
+        data = dataclasses.replace(data, retry_s=min(data.retry_s, storage.FIRST_RETRY_S))
     with closing(open_stream(data, config.train.seed, depth=depth, vocab_size=vocabulary, vision=vision)) as stream:
         if newest is not None:
             with suppress(checkpoint_files.CheckpointError):  # the ranks go on from an older one
