@@ -53,11 +53,15 @@ class Workers:
         """
         if not 1 <= world <= self.size:
             raise ValueError(f"world={world} must be between 1 and the {self.size} processes of this pool")
-        self._start(world)
-        port = _free_port()
-        for rank in range(world):
-            self._pipes[rank].send((rank, world, port, function, arguments))
-        return self._answers(range(world), self._timeout_s, "gave no answer")
+        try:
+            self._start(world)
+            port = _free_port()
+            for rank in range(world):
+                self._pipes[rank].send((rank, world, port, function, arguments))
+            return self._answers(range(world), self._timeout_s, "gave no answer")
+        except BaseException:  # of an interrupt too: the answers to this call would be taken for those to the next
+            self.close()
+            raise
 
     def _answers(self, ranks: range, timeout_s: float, late: str) -> list[Any]:
         """What each of `ranks` sends next, all within `timeout_s` of one another. Raises WorkerError."""
@@ -66,7 +70,6 @@ class Workers:
             waiting = {self._pipes[rank]: rank for rank in ranks if rank not in results}
             ready = wait(list(waiting), timeout=timeout_s)
             if not ready:
-                self.close()
                 raise WorkerError(f"ranks {sorted(waiting.values())} of {ranks.stop} {late} in {timeout_s:g} s")
             for pipe in ready:
                 assert isinstance(pipe, Connection)
@@ -76,7 +79,6 @@ class Workers:
                 except (EOFError, ConnectionResetError):
                     ok, value = False, f"process ended with exit code {self._processes[rank].exitcode}"
                 if not ok:
-                    self.close()
                     raise WorkerError(f"rank {rank} of {ranks.stop}: {value}")
                 results[rank] = value
         return [results[rank] for rank in ranks]

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from perilune.parallel import workers
 from perilune.parallel.workers import WorkerError, Workers
 
 
@@ -33,6 +34,17 @@ def test_they_are_silent_about_a_toolkit_without_a_gpu(capfd: pytest.CaptureFixt
         pool.run(1, logging.getLogger("torch.utils.cpp_extension").warning, "No CUDA runtime, using CUDA_HOME")
     told = capfd.readouterr().err
     assert "heard" in told and "interest" not in told and "CUDA_HOME" not in told
+
+
+def test_a_call_that_is_interrupted_leaves_no_answer_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*arguments: object, **more: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(workers, "wait", interrupt)
+    with Workers(1) as pool:
+        with pytest.raises(KeyboardInterrupt):
+            pool.run(1, os.getpid)
+        assert not pool._processes and not pool._pipes
 
 
 def test_their_start_has_a_time_of_its_own() -> None:
