@@ -16,14 +16,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from perilune.launch.job import BAD_INPUT, Job, JobError, Papers
 from perilune.launch.judge import cause, exits_file
-from perilune.launch.launchers import refuse_second
+from perilune.launch.launchers import claimed, is_held
 from perilune.launch.supervise import supervise
 
 _GONE_S = 10.0  # killed processes are waited for this long
@@ -55,8 +55,15 @@ def dismiss(agent: subprocess.Popen[bytes] | None) -> None:
             agent.stdin.close()
 
 
-def run(job: Job, agent: subprocess.Popen[bytes] | None = None, to_stderr: bool = False) -> int:
+def run(
+    job: Job,
+    agent: subprocess.Popen[bytes] | None = None,
+    to_stderr: bool = False,
+    prepare_run: Callable[[], None] = lambda: None,
+) -> int:
     """Run `job` on this machine, to its end; returns its exit code, as `supervise` says.
+
+    `prepare_run` is called before it starts, once no other launch can have its folder.
 
     Rank 0 writes its stdout to this process's, or `to_stderr` as a prepared `agent` does; everything else goes to
     RUN/logs/rank_N.log. SIGTERM, SIGINT and SIGHUP are passed on once, and the ranks end with a checkpoint and 75; a
@@ -80,9 +87,10 @@ def run(job: Job, agent: subprocess.Popen[bytes] | None = None, to_stderr: bool 
 
     with signals_that_ask() as asked:
         try:
-            refuse_second(papers)
-            papers.write(job, where())
-            return supervise(job, papers, start, available=lambda: 1, asked=lambda: len(asked), say=say)
+            with claimed(papers):
+                prepare_run()
+                papers.write(job, where(job))
+                return supervise(job, papers, start, available=lambda: 1, asked=lambda: len(asked), say=say)
         finally:
             dismiss(agent)
             for attempt in attempts:
@@ -240,15 +248,18 @@ def signals_that_ask() -> Iterator[list[int]]:
 # --- a run of another process: `perilune jobs` --------------------------------------------------------------------
 
 
-def where() -> dict[str, Any]:
-    """What is kept of this process, to find it again."""
+def where(job: Job) -> dict[str, Any]:
+    """What is kept of this process, which runs `job`, to find it again."""
     pid = os.getpid()
-    return {"launcher": "local", "host": socket.gethostname(), "boot": _boot(), "pid": pid, "started": _started(pid)}
+    here = {"host": socket.gethostname(), "boot": _boot(), "pid": pid, "started": _started(pid)}
+    return {"launcher": "local", **here, "run_dir": str(job.run_dir)}
 
 
 def state(where: dict[str, Any]) -> str:
-    """`running`, `ended`, or that it is on another machine."""
+    """`running`, `ended`, or that it is on another machine, and runs there if it still holds its folder."""
     if where.get("host") != socket.gethostname():
+        if is_held(Papers(Path(where.get("run_dir", "")))):
+            return f"running on {where.get('host')}"
         return f"on {where.get('host')}, which cannot be asked from here"
     return "running" if _is_there(where) else "ended"
 
@@ -256,7 +267,7 @@ def state(where: dict[str, Any]) -> str:
 def cancel(where: dict[str, Any], now: bool) -> None:
     """Ask the launcher to end the run: with a checkpoint, or `now`. Raises JobError where it does not run here."""
     if state(where) != "running":
-        raise JobError(f"the run does not run here: {state(where)}; there is nothing to cancel")
+        raise JobError(f"the run does not run here: {state(where)}; there is nothing to cancel here")
     os.kill(where["pid"], signal.SIGTERM)
     if now:
         os.kill(where["pid"], signal.SIGINT)  # two of one kind could become one

@@ -16,6 +16,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,11 @@ from urllib.parse import urlsplit
 
 from perilune.launch import local
 from perilune.launch.job import Job, JobError, NoAnswer, Papers
-from perilune.launch.launchers import refuse_second
+from perilune.launch.launchers import claimed
 from perilune.launch.ray_driver import QUIET, own_cluster, stop_file
 
 _ANSWER_S = 30.0
+_PATIENCE_S = 600.0  # with a cluster that does not answer, while its run is waited for
 _NOT_KNOWN = "ended: its cluster does not know it"  # it never came there, or the cluster is another one since
 # Of the server's errors those that are no verdict on the job: the cluster is not all there.
 _AWAY = re.compile(r"status code (408|429|502|503|504)|try again later")
@@ -65,24 +67,35 @@ def describe(job: Job, address: str | None) -> str:
     return "\n".join([*lines, shlex.join(job.command)])
 
 
-def run(job: Job, address: str | None, *, insecure: bool, wait: bool) -> int:
+def run(
+    job: Job, address: str | None, *, insecure: bool, wait: bool, prepare_run: Callable[[], None] = lambda: None
+) -> int:
     """Start the run; with `wait` stay to its end and return its exit code. SIGTERM and Ctrl-C end it with a checkpoint.
 
-    Raises JobError for a cluster that refuses, or takes jobs from anybody; NoAnswer for one that does not answer.
+    `prepare_run` is called before it starts, once no other launch can have its folder. Raises JobError for a cluster
+    that refuses, or takes jobs from anybody; NoAnswer for one that does not answer, when it has been asked again for a
+    while if it has taken the job.
     """
     papers = Papers(job.run_dir)
     client = check(address, insecure)
-    refuse_second(papers)
     if address is None and not wait:
         raise JobError("--no-wait needs --address: a cluster of this machine for one run ends with this command")
-    number = _not_taken(papers, address) or f"perilune_{secrets.token_hex(8)}"
-    papers.folder.mkdir(parents=True, exist_ok=True)
-    stop_file(papers).unlink(missing_ok=True)
-    if client is None:
-        return _run_here(job, papers)
-    where = {"launcher": "ray", "address": address, "job": number, "run_dir": str(job.run_dir)}
+    with claimed(papers):
+        prepare_run()
+        number = _not_taken(papers, address) or f"perilune_{secrets.token_hex(8)}"
+        stop_file(papers).unlink(missing_ok=True)
+        if client is None:
+            return _run_here(job, papers)
+        where = {"launcher": "ray", "address": address, "job": number, "run_dir": str(job.run_dir)}
+        _submit(client, job, where, papers)
+    return _stay(client, where, papers) if wait else 0
+
+
+def _submit(client: Any, job: Job, where: dict[str, Any], papers: Papers) -> None:
+    """Raises JobError, NoAnswer."""
     # Before, and left there after an error: a job that nobody knows of could be submitted a second time.
     papers.write(job, where)
+    number, address = where["job"], where["address"]
     try:
         client.submit_job(**_submission(job), submission_id=number)
     except Exception as error:  # of requests, of Ray: what the server said is all there is to say
@@ -93,7 +106,6 @@ def run(job: Job, address: str | None, *, insecure: bool, wait: bool) -> int:
         if there == _NOT_KNOWN:
             raise JobError(said) from error
     print(f"submitted: job {number} to {address}", file=sys.stderr, flush=True)
-    return _stay(client, number, papers) if wait else 0
 
 
 def check(address: str | None, insecure: bool) -> Any:
@@ -146,7 +158,7 @@ def _submission(job: Job) -> dict[str, Any]:
 
 def _run_here(job: Job, papers: Papers) -> int:
     """A driver with a cluster of its own; both end with this process."""
-    papers.write(job, {**local.where(), "launcher": "ray", "run_dir": str(job.run_dir)})
+    papers.write(job, {**local.where(job), "launcher": "ray"})
     child = str(Path(local.__file__).with_name("child.py"))
     command = [sys.executable, "-S", "-P", child, str(os.getpid()), "-", "-", *entrypoint(job), "--here"]
     with local.signals_that_ask() as asked:
@@ -160,32 +172,74 @@ def _run_here(job: Job, papers: Papers) -> int:
     return code if code >= 0 else 1
 
 
-def _stay(client: Any, number: str, papers: Papers) -> int:
-    """Until the job has ended; the run's exit code."""
+def _stay(client: Any, where: dict[str, Any], papers: Papers) -> int:
+    """Until the job has ended; the run's exit code. Raises JobError where the cluster knows it no more; NoAnswer where
+    it does not answer for long."""
     asked: list[int] = []
     numbers = (signal.SIGTERM, signal.SIGINT)
     before = {one: signal.signal(one, lambda one, frame: asked.append(one)) for one in numbers}
-    told, seen = 0, 0
+    told, seen, silence = 0, 0, _Silence(where, papers)
     try:
         while True:
             if (more := len(asked) - told) > 0:
                 told += more
                 _ask(papers, more)
-            status = client.get_job_status(number)
-            text = client.get_job_logs(number)
-            print(text[seen:], end="", file=sys.stderr, flush=True)
-            seen = len(text)
-            if status.is_terminal():
-                break
+            try:
+                status = client.get_job_status(where["job"])
+                text = client.get_job_logs(where["job"])
+                code = client.get_job_info(where["job"]).driver_exit_code if status.is_terminal() else None
+            except Exception as error:
+                silence.goes_on(error)
+            else:
+                silence.ends(status.value)
+                print(text[seen:], end="", file=sys.stderr, flush=True)
+                seen = len(text)
+                if status.is_terminal():
+                    return 0 if status.value == "SUCCEEDED" else code if code is not None and code > 0 else 1
             time.sleep(0.5)
-    except Exception as error:
-        raise JobError(f"the cluster does not answer any more ({_line(error)}); the run goes on if the cluster does: "
-                       f"perilune jobs status {papers.run_dir}") from error  # fmt: skip
     finally:
         for one, handler in before.items():
             signal.signal(one, handler)
-    code = client.get_job_info(number).driver_exit_code
-    return 0 if status.value == "SUCCEEDED" else code if code is not None and code > 0 else 1
+
+
+class _Silence:
+    """What is known of a job while its cluster does not answer, which a head that starts anew, or a network, may do."""
+
+    def __init__(self, where: dict[str, Any], papers: Papers) -> None:
+        self._where, self._papers = where, papers
+        self._known = f"it took the job at {_clock()}"
+        self._since: float | None = None
+
+    def goes_on(self, error: Exception) -> None:
+        """A question has no answer. Raises JobError for a verdict on the job; NoAnswer when patience is at its end."""
+        job, address, now = self._where["job"], self._where["address"], time.monotonic()
+        again = (
+            f"`perilune jobs status {self._papers.run_dir}` asks again, and `jobs logs --follow` shows how it gets on"
+        )
+        if not _away(error):
+            raise JobError(f"{address} says of job {job}: {_line(error)}; {self._known}. {again}") from error
+        if self._since is None:
+            self._since = now
+            print(f"perilune: {address} does not answer since {_clock()} ({_line(error)}); {self._known}, and the run "
+                  f"goes on if the cluster does: it is asked again for {_PATIENCE_S:.0f} s",
+                  file=sys.stderr, flush=True)  # fmt: skip
+        if now - self._since > _PATIENCE_S:
+            raise NoAnswer(
+                f"{address} has not answered for {now - self._since:.0f} s ({_line(error)}). Of job {job} is known: "
+                f"{self._known}; the run goes on if the cluster does. {again}"
+            ) from error
+
+    def ends(self, state: str) -> None:
+        """It has answered."""
+        self._known = f"at {_clock()} it was {state.lower()}"
+        if self._since is not None:
+            after = time.monotonic() - self._since
+            print(f"perilune: {self._where['address']} answers again, after {after:.0f} s", file=sys.stderr, flush=True)
+            self._since = None
+
+
+def _clock() -> str:
+    return time.strftime("%H:%M:%S")
 
 
 def _ask(papers: Papers, times: int) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from perilune.launch import slurm_script
 from perilune.launch.job import Job, JobError, NoAnswer, Papers
-from perilune.launch.launchers import refuse_second
+from perilune.launch.launchers import held, refuse_second
 from perilune.launch.slurm_script import Placement
 
 _WAIT_S = 60.0  # for an answer of Slurm's
@@ -66,9 +66,14 @@ def submit(job: Job, placement: Placement, file: Path) -> list[str]:
     Where Slurm takes no job, what is recorded of an earlier launch stays.
     """
     runs = runs_of(job, placement)
-    for one in runs:
-        refuse_second(Papers(one.run_dir))
     text = slurm_script.script(job, placement, file)
+    with held(Papers(job.run_dir)):  # of a sweep, the folder that has them all
+        for one in runs:
+            refuse_second(Papers(one.run_dir), look=True)
+        return _submit(job, runs, placement, file, text)
+
+
+def _submit(job: Job, runs: list[Job], placement: Placement, file: Path, text: str) -> list[str]:
     new = file.with_suffix(".new")
     try:
         (job.run_dir / "launch").mkdir(parents=True, exist_ok=True)

@@ -113,17 +113,35 @@ def seconds(text: str | None) -> int:
 
 
 def parse_sweep(pairs: tuple[str, ...]) -> tuple[tuple[str, tuple[str, ...]], ...]:
-    """KEY=V1,V2 of each --sweep; a value in [] or {} may hold commas. Raises JobError."""
+    """KEY=V1,V2 of each --sweep; in [] and {}, which may be nested, a value may hold commas. Raises JobError."""
     found: list[tuple[str, tuple[str, ...]]] = []
     for pair in pairs:
         key, is_pair, values = pair.partition("=")
-        parts = tuple(re.findall(r"(?:[^,\[\]{}]|\[[^\]]*\]|\{[^}]*\})+", values))
+        parts = _values(values)
         if not key or not is_pair or not parts or len(set(parts)) != len(parts):
-            raise JobError(f"--sweep {pair!r}: write KEY=VALUE,VALUE with every value once, as in optim.lr=1e-3,2e-3")
+            raise JobError(f"--sweep {pair!r}: write KEY=VALUE,VALUE with every value once and every bracket "
+                           "closed, as in optim.lr=1e-3,2e-3")  # fmt: skip
         if key in dict(found):
             raise JobError(f"--sweep {key}: given twice; list all of its values after one")
         found.append((key, parts))
     return tuple(found)
+
+
+def _values(text: str) -> tuple[str, ...]:
+    """The parts between commas that stand in no bracket; none where a bracket has no partner or a part is empty."""
+    parts, closing = [""], ""
+    for letter in text:
+        if letter == "," and not closing:
+            parts.append("")
+            continue
+        parts[-1] += letter
+        if letter in "[{":
+            closing += "]" if letter == "[" else "}"
+        elif letter in "]}":
+            if not closing.endswith(letter):
+                return ()
+            closing = closing[:-1]
+    return () if closing or not all(parts) else tuple(parts)
 
 
 def tasks_of(sweep: tuple[tuple[str, tuple[str, ...]], ...]) -> list[tuple[str, tuple[str, ...]]]:

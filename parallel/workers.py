@@ -30,11 +30,12 @@ class WorkerError(RuntimeError):
 class Workers:
     """Up to `size` processes of one machine, each with its own interpreter, ended by `close` or with their parent.
 
-    They compute on the GPUs of the machine if there is one for each, else all on its CPU.
+    They compute on the GPUs of the machine if there is one for each, else all on its CPU. `start_s` is how long they
+    may take to start, which is importing, and on a loaded machine takes minutes; `timeout_s` a function of theirs.
     """
 
-    def __init__(self, size: int, threads: int = 1, timeout_s: float = 120.0) -> None:
-        self.size, self._threads, self._timeout_s = size, threads, timeout_s
+    def __init__(self, size: int, threads: int = 1, timeout_s: float = 120.0, start_s: float = 600.0) -> None:
+        self.size, self._threads, self._timeout_s, self._start_s = size, threads, timeout_s, start_s
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
 
@@ -48,21 +49,28 @@ class Workers:
         """`function(*arguments)` in the first `world` processes, joined in one gloo or NCCL group; results by rank.
 
         `function` must be importable. Raises WorkerError with the traceback of the first rank to fail, or when
-        `timeout_s` passes; the processes are started anew at the next call then.
+        `start_s` or `timeout_s` passes; the processes are started anew at the next call then.
         """
         if not 1 <= world <= self.size:
             raise ValueError(f"world={world} must be between 1 and the {self.size} processes of this pool")
-        self._start(world)
-        port = _free_port()
-        for rank in range(world):
-            self._pipes[rank].send((rank, world, port, function, arguments))
+        try:
+            self._start(world)
+            port = _free_port()
+            for rank in range(world):
+                self._pipes[rank].send((rank, world, port, function, arguments))
+            return self._answers(range(world), self._timeout_s, "gave no answer")
+        except BaseException:  # of an interrupt too: the answers to this call would be taken for those to the next
+            self.close()
+            raise
+
+    def _answers(self, ranks: range, timeout_s: float, late: str) -> list[Any]:
+        """What each of `ranks` sends next, all within `timeout_s` of one another. Raises WorkerError."""
         results: dict[int, Any] = {}
-        while len(results) < world:
-            waiting = {self._pipes[rank]: rank for rank in range(world) if rank not in results}
-            ready = wait(list(waiting), timeout=self._timeout_s)
+        while len(results) < len(ranks):
+            waiting = {self._pipes[rank]: rank for rank in ranks if rank not in results}
+            ready = wait(list(waiting), timeout=timeout_s)
             if not ready:
-                self.close()
-                raise WorkerError(f"ranks {sorted(waiting.values())} of {world} gave no answer in {self._timeout_s} s")
+                raise WorkerError(f"ranks {sorted(waiting.values())} of {ranks.stop} {late} in {timeout_s:g} s")
             for pipe in ready:
                 assert isinstance(pipe, Connection)
                 rank = waiting[pipe]
@@ -71,10 +79,9 @@ class Workers:
                 except (EOFError, ConnectionResetError):
                     ok, value = False, f"process ended with exit code {self._processes[rank].exitcode}"
                 if not ok:
-                    self.close()
-                    raise WorkerError(f"rank {rank} of {world}: {value}")
+                    raise WorkerError(f"rank {rank} of {ranks.stop}: {value}")
                 results[rank] = value
-        return [results[rank] for rank in range(world)]
+        return [results[rank] for rank in ranks]
 
     def close(self) -> None:
         """End every process, by its own id."""
@@ -87,7 +94,8 @@ class Workers:
         self._processes, self._pipes = [], []
 
     def _start(self, world: int) -> None:
-        """Bring the processes up to `world`; those beyond what was asked for so far never start."""
+        """Bring the processes up to `world`; those beyond what was asked for so far never start. Raises WorkerError."""
+        new = range(len(self._processes), world)
         context = get_context("spawn")
         settings = {"OMP_NUM_THREADS": str(self._threads)}
         if not self._gpu_each():
@@ -95,7 +103,7 @@ class Workers:
         before = {name: os.environ.get(name) for name in settings}
         os.environ.update(settings)
         try:
-            for _ in range(len(self._processes), world):
+            for _ in new:
                 here, there = context.Pipe()
                 process = context.Process(target=_serve, args=(there, self._timeout_s), daemon=True)
                 process.start()
@@ -108,6 +116,7 @@ class Workers:
                     del os.environ[name]
                 else:
                     os.environ[name] = value
+        self._answers(new, self._start_s, "had not started")
 
     def _gpu_each(self) -> bool:
         """Whether this machine has a GPU for every process: NCCL refuses two on one."""
@@ -123,6 +132,7 @@ def _serve(pipe: Connection, timeout_s: float) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     quiet()
     late_compile.import_megatron_core()  # before `recv`, which imports it with the function that it gets
+    pipe.send((True, None))  # from now on time counts as the function's
     while True:
         try:
             rank, world, port, function, arguments = pipe.recv()

@@ -11,7 +11,10 @@ others begin at zero, the count goes on, so that the n-th update of the new ones
 what it would be: 0.45 at first with 0.9 and 0.95, at most 1.1 later.
 
 Rows of data that were read already are not read again before the others: a dataset goes on from where the furthest of
-those runs was in it. The schedules, steps and tokens are the run's own, and begin at zero.
+those runs was in it, of those with this run's `train.seed`. In the order of another seed a place says nothing of what
+was read: behind as many rows of it lie some that were, and before them some that were not and would be left out. So
+such an order begins at its beginning, and the log says so. The schedules, steps and tokens are the run's own, and begin
+at zero.
 
 Every function with a model in it is collective, as in `pretrain/checkpoint.py`.
 """
@@ -106,9 +109,12 @@ def take_over(paths: Sequence[Path], model: Model, optimizer: Any, stream: Strea
         if (averages := {key: shape for key, shape in keys.items() if moments.is_average(key)})
     }
     adam_step = _fill_moments(state, kept, averaged, model, optimizer)
-    data = stream.begin_after([DataState.from_dict(s.manifest["run_state"]["data"]) for s in sources if _ran(s)])
+    before = [(s, DataState.from_dict(s.manifest["run_state"]["data"])) for s in sources if _ran(s)]
+    data = stream.begin_after([state for source, state in before if source.config.train.seed == stream.seed])
     history = _history(sources)
-    return Taken(data, history, [*_told(sources, weights, kept, averaged, adam_step), *_told_of_data(data)])
+    return Taken(
+        data, history, [*_told(sources, weights, kept, averaged, adam_step), *_told_of_data(data, before, stream.seed)]
+    )
 
 
 def _open(path: Path) -> _Source:
@@ -245,5 +251,15 @@ def _told(
     return lines
 
 
-def _told_of_data(state: DataState) -> list[str]:
-    return [f"  {path} goes on after {rows:,} rows that were read" for path, rows in state.earlier.items() if rows]
+def _told_of_data(data: DataState, before: Sequence[tuple[_Source, DataState]], seed: int) -> list[str]:
+    lines = [f"  {path} goes on after {rows:,} rows that were read" for path, rows in data.earlier.items() if rows]
+    for source, state in before:
+        if source.config.train.seed != seed:
+            lines += [
+                f"  {path}: the {rows:,} rows that {source.path} read in the order of "
+                f"train.seed={source.config.train.seed} may come again: this run's train.seed={seed} is another order"
+                for path, fingerprint in data.fingerprints.items()
+                for theirs, of_theirs in state.fingerprints.items()
+                if of_theirs == fingerprint and (rows := state.counters[theirs] + state.earlier.get(theirs, 0))
+            ]
+    return lines

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,19 +57,29 @@ def told(error: JobError) -> InputError:
     return Unanswered(str(error)) if isinstance(error, NoAnswer) else InputError(str(error))
 
 
-def job_of(given: Asked, *, nodes: tuple[int, int], procs_per_node: int, options: dict[str, Any], **more: Any) -> Job:
-    """The job of options that every launcher has, its layout checked. Raises InputError."""
+def job_of(
+    given: Asked,
+    *,
+    nodes: tuple[int, int],
+    procs_per_node: int,
+    options: dict[str, Any],
+    swept: Sequence[Config] = (),
+    **more: Any,
+) -> Job:
+    """The job of options that every launcher has, its layout checked: that of every run where a sweep has several, so
+    that with fewer nodes all of them fit. Raises InputError."""
     from perilune.pretrain import train_command as here
 
     fewest, most = nodes
     world = most * procs_per_node
     worlds: tuple[int, ...] = ()
     if given.config is not None:
-        if not options.get("sweep"):  # whose values may name them
-            here.check_data_named(given.config)
-        rules.check(given.config, world)
+        runs = swept or [given.config]
+        for config in runs:
+            here.check_data_named(config)
+            rules.check(config, world)
         counts = [n * procs_per_node for n in range(fewest, most + 1)]
-        worlds = tuple(count for count in counts if _fits(given.config, count))
+        worlds = tuple(count for count in counts if all(_fits(config, count) for config in runs))
     for pair in options["env"]:
         if "=" not in pair:
             raise InputError(f"--env {pair!r}: write NAME=VALUE")
@@ -120,7 +132,7 @@ def launch_local(**options: Any) -> int:
         here.refuse_second(given.run_dir)
         if config is not None:
             here.check_here(config, given.run_dir, nproc, gpus, given.start)
-        code = here.start_here(job, agent, as_json)
+        code = here.start_here(job, agent, as_json, prepare_run=partial(here.prepare, config, given.run_dir))
     finally:
         local.dismiss(agent)
     if as_json:
@@ -140,11 +152,13 @@ def launch_slurm(**options: Any) -> int:
     more: dict[str, Any] = {"gpus_per_node": gpus, "image": options["image"], "mounts": tuple(options["mounts"])}
     more |= {"program": ("perilune",)} if options["image"] else {}
     try:
+        sweep = slurm_script.parse_sweep(options["sweep"])
         job = job_of(
             given,
             nodes=options["nodes"],
             procs_per_node=options["procs_per_node"] or gpus or 1,
             options=options,
+            swept=_swept(given, sweep),
             time_s=slurm_script.seconds(options["time_limit"]),
             **more,
         )
@@ -156,13 +170,9 @@ def launch_slurm(**options: Any) -> int:
             qos=options["qos"] or "",
             exclude=options["exclude"] or "",
             chain=options["chain"],
-            sweep=slurm_script.parse_sweep(options["sweep"]),
+            sweep=sweep,
             site=slurm_script.Site.read(options["site"]) if options["site"] else slurm_script.Site(),
         )
-        if placement.sweep:
-            if given.config is None:
-                raise InputError("--sweep adds key=value to `train`; another command takes none")
-            _check_sweep(slurm.runs_of(job, placement), job.world)
         file = (options["script"] or Papers(job.run_dir).folder / "job.sh").resolve()
         if options["dry_run"]:
             if config is not None and not options["image"]:
@@ -183,15 +193,14 @@ def launch_slurm(**options: Any) -> int:
     return 0
 
 
-def _check_sweep(runs: list[Job], world: int) -> None:
-    """Refuse a value that the run could not start with. Raises InputError."""
-    from perilune.pretrain import train_command as here
+def _swept(given: Asked, sweep: tuple[tuple[str, tuple[str, ...]], ...]) -> list[Config]:
+    """The configuration of each run. Raises InputError, JobError."""
+    from perilune.launch import slurm_script
 
-    for run in runs:
-        config = asked(run.arguments).config
-        assert config is not None
-        here.check_data_named(config)
-        rules.check(config, world)
+    if sweep and given.config is None:
+        raise InputError("--sweep adds key=value to `train`; another command takes none")
+    found = [asked((*given.arguments, *words)).config for _, words in slurm_script.tasks_of(sweep)]
+    return [config for config in found if config is not None]
 
 
 def launch_ray(**options: Any) -> int:
@@ -217,7 +226,8 @@ def launch_ray(**options: Any) -> int:
             here.check_here(config, given.run_dir, job.world, gpus, given.start)
         elif config is not None:
             here.check_data_if_seen(config)
-        code = ray_jobs.run(job, address, insecure=options["insecure"], wait=options["wait"])
+        prepare_run = partial(here.prepare, None if address else config, given.run_dir)  # else the job's rank 0 does
+        code = ray_jobs.run(job, address, insecure=options["insecure"], wait=options["wait"], prepare_run=prepare_run)
     except JobError as error:
         raise told(error) from error
     if options["as_json"]:

@@ -7,7 +7,9 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import closing, suppress
+from functools import partial
 from pathlib import Path
 
 from perilune.launch import launchers, local
@@ -15,6 +17,7 @@ from perilune.launch.job import Job, JobError, NoAnswer, Papers
 from perilune.parallel import late_compile
 from perilune.pretrain import checkpoint_files, doctor, presets, rules, vital_signs
 from perilune.pretrain import config as configs
+from perilune.pretrain.data import storage
 from perilune.pretrain.data.storage import is_url
 from perilune.pretrain.errors import InputError, Unanswered
 from perilune.pretrain.schema import Config
@@ -64,6 +67,8 @@ def train_command(
             refuse_second(run_dir)
         check_here(config, run_dir, world, gpus, start)
         if inside:
+            if int(os.environ.get("RANK", "0")) == 0:
+                prepare(config, run_dir)
             late_compile.import_megatron_core()
             from perilune.pretrain.run import run
 
@@ -74,7 +79,7 @@ def train_command(
         again += ["--profile"] if profile else []
         again += start.words()
         job = Job(tuple(again), run_dir, procs_per_node=world, threads=config.train.threads, restarts=0)
-        return start_here(job, agent)
+        return start_here(job, agent, prepare_run=partial(prepare, config, run_dir))
     finally:
         local.dismiss(agent)
 
@@ -96,25 +101,26 @@ def refuse_second(run_dir: Path) -> None:
 
 
 def check_here(config: Config, run_dir: Path, world: int, gpus: int, start: Start) -> None:
-    """Refuse what cannot run before a process of it starts, and make its folder. Raises InputError."""
+    """Refuse what cannot run before a process of it starts. Raises InputError."""
     rules.check(config, world)
     rules.check_machine(config, gpus)
     newest = checkpoint_files.latest(run_dir / "checkpoints")
     if newest is None:  # else they are not opened, and may be gone
         start.check()
     _check_data(config, newest)
-    if int(os.environ.get("RANK", "0")) == 0:
-        if not gpus and config.precision.compute == "bf16" and not doctor.multiplies_bf16():
-            print("this CPU has no bf16 instructions: precision.compute=fp32 is at least as fast", file=sys.stderr)
-        _prepare(config, run_dir)
+    first = os.environ.get("RANK", "0") == "0"
+    if first and not gpus and config.precision.compute == "bf16" and not doctor.multiplies_bf16():
+        print("this CPU has no bf16 instructions: precision.compute=fp32 is at least as fast", file=sys.stderr)
 
 
-def start_here(job: Job, agent: subprocess.Popen[bytes] | None = None, to_stderr: bool = False) -> int:
-    """Run `job` on this machine, and say how it ended, on stdout or `to_stderr`; returns the exit code. Raises
-    InputError."""
+def start_here(
+    job: Job, agent: subprocess.Popen[bytes] | None, to_stderr: bool = False, *, prepare_run: Callable[[], None]
+) -> int:
+    """Run `job` on this machine after `prepare_run`, and say how it ended, on stdout or `to_stderr`; returns the exit
+    code. Raises InputError."""
     said = sys.stderr if to_stderr else sys.stdout
     try:
-        code = local.run(job, agent, to_stderr)
+        code = local.run(job, agent, to_stderr, prepare_run)
     except JobError as error:
         raise InputError(str(error)) from error
     if code == 0 and job.arguments[0] == "train":
@@ -223,6 +229,8 @@ def _check_data(config: Config, newest: Path | None = None) -> None:
 
     depth, vocabulary, vision = config.model.num_nextn_predict_layers, config.model.vocab_size, config.vision
     data = dataclasses.replace(config.data, workers=0)
+    if _world_of_environment() is None:  # a process of a run waits for a store that is away; a command tells soon
+        data = dataclasses.replace(data, retry_s=min(data.retry_s, storage.FIRST_RETRY_S))
     with closing(open_stream(data, config.train.seed, depth=depth, vocab_size=vocabulary, vision=vision)) as stream:
         if newest is not None:
             with suppress(checkpoint_files.CheckpointError):  # the ranks go on from an older one
@@ -271,8 +279,11 @@ def processes_here(config: Config, gpus: int) -> int:
     return gpus or max(1, math.lcm(p.tp * p.cp, p.etp * p.ep) * p.pp)
 
 
-def _prepare(config: Config, run_dir: Path) -> None:
-    """A new run's folder with its config, or a check that this is a run to continue."""
+def prepare(config: Config | None, run_dir: Path) -> None:
+    """A new run's folder with its config, or a check that this is a run to continue; nothing for another command than
+    `train`, which has none. Raises InputError."""
+    if config is None:
+        return
     file = run_dir / "config.yaml"
     newest = checkpoint_files.latest(run_dir / "checkpoints")
     if file.exists() and newest is not None:  # else nothing of it would be continued

@@ -107,6 +107,13 @@ def test_data_and_history_go_on(workers: Workers, sources: dict[str, Path], data
     third = workers.run(1, ranks.take_over, ranks.config_of("joint"), [found["path"]], data, tmp_path / "third")[0]
     assert [one["stage"] for one in third["history"]] == ["vit", "text", "joint"]
     assert third["state"].earlier == {str(data): max(ROWS.values())}
+    # In the order of another seed that place means nothing: begun there, rows that nobody read would be left out.
+    joint = ranks.config_of("joint")
+    other = replace(joint, train=replace(joint.train, seed=2))
+    anew = workers.run(1, ranks.take_over, other, [found["path"]], data, tmp_path / "anew")[0]
+    assert anew["state"].earlier == {str(data): 0}
+    said = f"the {max(ROWS.values())} rows that {found['path']} read in the order of train.seed=1 may come again"
+    assert any(f"{data}: {said}" in line and "train.seed=2 is another order" in line for line in anew["told"])
 
 
 @pytest.mark.parametrize("zero1", [True, False])

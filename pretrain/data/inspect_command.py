@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from perilune.pretrain.data import inspect_facts as describe
-from perilune.pretrain.data import source_file
+from perilune.pretrain.data import storage
 from perilune.pretrain.data.inspect_verify import verify
 from perilune.pretrain.data.manifest import read_manifest, read_token_bytes
 from perilune.pretrain.data.reader import PackedDataset
@@ -43,9 +43,7 @@ def inspect_command(
 
     Raises InputError where it is no dataset, there is no row `sample`, or the page cannot be written.
     """
-    manifest = read_manifest(
-        open_store(path, Remote(retry_s=source_file.FIRST_RETRY_S))
-    )  # a mistyped host is told soon
+    manifest = read_manifest(open_store(path, Remote(retry_s=storage.FIRST_RETRY_S)))  # a mistyped host is told soon
     store = open_store(path)
     known = describe.facts(path, manifest)
     if check:

@@ -33,6 +33,7 @@ class Recipe:
     """How rows are read and laid out."""
 
     paths: tuple[str, ...]  # of the datasets
+    fingerprints: tuple[str, ...]  # of their content, as the run opened them
     depth: int  # D of multi-token prediction
     document_mask: bool
     remote: Remote
@@ -132,7 +133,10 @@ def serve(pipe: Connection) -> None:
         answer: Loaded | InputError
         try:
             if not datasets:  # inside, so that a dataset that cannot be opened is told like one that cannot be read
-                datasets = [PackedDataset(path, recipe.remote, whole=False) for path in recipe.paths]
+                opened = [PackedDataset(path, recipe.remote, whole=False) for path in recipe.paths]
+                for dataset, fingerprint in zip(opened, recipe.fingerprints, strict=True):
+                    dataset.refuse_other(fingerprint)
+                datasets = opened
             answer = load(datasets, recipe, micro_batches)
         except InputError as error:
             answer = error

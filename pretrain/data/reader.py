@@ -64,14 +64,30 @@ class PackedDataset:
         except (OSError, ValueError) as error:
             if isinstance(error, InputError):
                 raise
+            self._refuse_replaced()
             raise DamageError(
                 f"{self.where}: {self.sample_id(index)} at byte {self._places[index, 0]}: {error}. "
                 "Copy the shard again from where it came, or pack the dataset again"
             ) from error
 
+    def refuse_other(self, fingerprint: str) -> None:
+        """Raise InputError where `fingerprint`, of what a run reads, is not this dataset's: no damage that could be
+        quarantined, but other data."""
+        if self.fingerprint != fingerprint:
+            raise _replaced(self.where, fingerprint, self.fingerprint)
+
     def close(self) -> None:
         """Close the shards."""
         self._store.close()
+
+    def _refuse_replaced(self) -> None:
+        """Raise InputError where the manifest is not the one that was opened any more."""
+        try:
+            now: str = read_manifest(self._store)["fingerprint"]
+        except InputError:  # then nothing says that it is another dataset
+            return
+        if now != self.fingerprint:
+            raise _replaced(self.where, self.fingerprint, now)
 
     def _verified(self, index: int) -> Row:
         """The row; ValueError or OSError where anything about its bytes is wrong."""
@@ -108,3 +124,10 @@ class PackedDataset:
                 f"{path}: {found} bytes, the manifest says {size}{lost}. "
                 "Copy the shard again from where it came, or pack the dataset again"
             )
+
+
+def _replaced(where: str, was: str, now: str) -> InputError:
+    return InputError(
+        f"{where}: replaced by another dataset while it was read (fingerprint {was}, now {now}). Put the first one "
+        "back and continue from the last checkpoint, or start a new run on the new one, under another path"
+    )

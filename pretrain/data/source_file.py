@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
+from perilune.pretrain.data import storage
 from perilune.pretrain.data.storage import Remote, RemoteStore, is_url, open_store
 from perilune.pretrain.errors import InputError
 
@@ -19,7 +20,6 @@ Split = Literal["train", "valid"]
 
 MAX_DOCUMENT_BYTES = 1 << 28
 BLOCK_BYTES = 1 << 22  # of one ranged read of a remote file
-FIRST_RETRY_S = 30.0  # of the first request for a file: a host that was mistyped is told soon
 VERSIONS = ("etag", "content-md5", "digest", "md5hash", "crc32c", "generation", "versionid", "last-modified", "mtime")
 
 
@@ -96,7 +96,7 @@ def _describe(path: str) -> dict[str, Any]:
     if is_url(path):
         where, _, name = path.rpartition("/")
         try:
-            info = RemoteStore(where, Remote(retry_s=FIRST_RETRY_S)).info(name)
+            info = RemoteStore(where, Remote(retry_s=storage.FIRST_RETRY_S)).info(name)
         except FileNotFoundError as error:
             raise InputError(f"{path}: no such file") from error
         known = {key.lower(): str(value) for key, value in info.items() if value}

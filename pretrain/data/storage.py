@@ -26,6 +26,7 @@ from perilune.pretrain.errors import InputError
 
 OPEN_FILES = 64  # descriptors kept
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 30.0
+FIRST_RETRY_S = 30.0  # of a first question to a store, by a command: a host that was mistyped is told soon
 BUCKETS = 64  # of the cache: each is kept within its part of the limit
 T = TypeVar("T")
 
@@ -233,8 +234,9 @@ class RemoteStore:
                 if not _may_pass(error) or waited + pause > self._remote.retry_s:
                     raise StoreError(
                         f"{self.where}/{name} cannot be read: {type(error).__name__}: {error or 'no answer'}; tried "
-                        f"{tries} times in {waited:.0f} s (data.timeout_s, data.retry_s). Check the store and the "
-                        "network; the same command continues from the last checkpoint"
+                        f"{tries} times in {waited:.0f} s (data.timeout_s, data.retry_s). Check that the "
+                        "address is right, the store and the network; the same command continues from the last "
+                        "checkpoint"
                     ) from error
             time.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(2 * pause, LONGEST_PAUSE_S)

@@ -111,6 +111,7 @@ class Stream:
         self._limit, self._agree = data.quarantine_limit, agree
         self._recipe = Recipe(
             tuple(self.paths),
+            tuple(dataset.fingerprint for dataset in self.datasets),
             depth,
             data.document_mask,
             remote_of(data),
@@ -139,7 +140,8 @@ class Stream:
         return DataState(counters=dict.fromkeys(self.paths, 0), fingerprints=fingerprints)
 
     def begin_after(self, before: Sequence[DataState]) -> DataState:
-        """Nothing consumed yet, in a run that takes over from others: their rows are not read again before the rest.
+        """Nothing consumed yet, in a run that takes over from others, which read in the order of this stream's seed:
+        their rows are not read again before the rest.
 
         A dataset, known by the fingerprint of its content wherever it lies, goes on from the furthest of them.
         """

@@ -80,7 +80,7 @@ def test_labels_and_pairs_stay_true(packed: Path) -> None:
     dataset = PackedDataset(packed)
     batches: list[PackedBatch] = []
     for noise in (0.0, 0.5):
-        recipe = Recipe((str(packed),), 1, True, Remote(), False, noise, decode=True)
+        recipe = Recipe((str(packed),), (dataset.fingerprint,), 1, True, Remote(), False, noise, decode=True)
         (arrays,) = load([dataset], recipe, [[(0, 0), (0, 1)]]).batches
         batches.append(to_batch(arrays))
     dataset.close()

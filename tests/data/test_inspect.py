@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from perilune.pretrain.data import source_file
+from perilune.pretrain.data import storage
 from perilune.pretrain.data.inspect_command import inspect_command
 from perilune.pretrain.data.manifest import read_manifest
 from perilune.pretrain.data.pack import pack
@@ -123,7 +123,7 @@ def test_images_of_a_row(tmp_path: Path, tokenizer_path: Path, capsys: Capture) 
 
 
 def test_a_host_that_does_not_answer_is_told_soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(source_file, "FIRST_RETRY_S", 0.5)
+    monkeypatch.setattr(storage, "FIRST_RETRY_S", 0.5)
     begun = time.monotonic()
     with pytest.raises(InputError, match=r"manifest\.json cannot be read: .*; tried [1-9] times in [01] s"):
         inspect_command("http://127.0.0.1:9/data")

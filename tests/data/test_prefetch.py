@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from packed_rows import random_rows, write_dataset
 from perilune.pretrain import schema
 from perilune.pretrain.data.reader import DamageError
 from perilune.pretrain.data.stream import Stream, open_stream
+from perilune.pretrain.errors import InputError
 
 SEQ_LEN = 16
 
@@ -54,6 +56,22 @@ def test_batches_that_grow_are_read_ahead_too(dataset: Path) -> None:
     assert len(reading_processes()) == 3
     ahead.close()
     assert not reading_processes()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_dataset_replaced_meanwhile_is_other_data_and_no_damage(dataset: Path, tmp_path: Path, workers: int) -> None:
+    """In place, manifest and all: what the next process opens is sound, and not what the run reads."""
+    folder = shutil.copytree(dataset, tmp_path / "data")
+    other = write_dataset(tmp_path / "other", random_rows([[4, 12]] * 40, 100, seed=7), SEQ_LEN, 100, rows_per_shard=10)
+    data = schema.Data(path=str(folder), seq_len=SEQ_LEN, workers=workers, on_damage="quarantine", quarantine_limit=40)
+    stream = open_stream(data, 1, depth=1)
+    try:
+        shutil.copytree(other, folder, dirs_exist_ok=True)
+        with pytest.raises(InputError, match="replaced by another dataset while it was read") as told:
+            stream.read(stream.initial_state(), 4, 0, 1, 1)
+        assert not isinstance(told.value, DamageError)
+    finally:
+        stream.close()
 
 
 def test_one_that_dies_is_told(dataset: Path) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
 
+from perilune.pretrain.data import storage
 from perilune.pretrain.data.pack import pack
 from perilune.pretrain.data.tokenizer import train_tokenizer
 from perilune.pretrain.errors import InputError
@@ -35,3 +37,13 @@ def test_one_folder_twice_in_a_blend(packed: Path, tmp_path: Path, monkeypatch: 
         "s3://bucket/a": 0.3,
         "s3://bucket/a/": 0.1,
     }
+
+
+def test_an_address_that_does_not_answer_is_told_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run's own processes would wait for the store for minutes."""
+    monkeypatch.setattr(storage, "FIRST_RETRY_S", 0.3)
+    data = Data(path="http://no-such-host.invalid/packed", retry_s=30.0)
+    began = time.monotonic()
+    with pytest.raises(InputError, match=r"no-such-host.invalid/.*json cannot be read: .*address is right"):
+        check_data_if_seen(Config(data=data, valid=Valid(every=0)))
+    assert time.monotonic() - began < 15

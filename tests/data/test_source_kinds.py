@@ -21,7 +21,7 @@ import torch
 import webdataset
 from PIL import Image
 
-from perilune.pretrain.data import source_file, source_tar
+from perilune.pretrain.data import source_tar, storage
 from perilune.pretrain.data.source_file import SourceFile, describe
 from perilune.pretrain.data.sources import documents, find_files, read_placed
 from perilune.pretrain.data.storage import StoreError
@@ -280,7 +280,7 @@ def test_a_web_server_that_is_down_is_no_missing_file(server: str, monkeypatch: 
     assert describe(SourceFile(f"{server}/x.jsonl", "x")) == before and Handler.down == 0
     Handler.down = 3
     assert [d.text for d in documents([f"{server}/x.jsonl"])] == TEXTS
-    monkeypatch.setattr(source_file, "FIRST_RETRY_S", 0.3)
+    monkeypatch.setattr(storage, "FIRST_RETRY_S", 0.3)
     Handler.down = 1000
     with pytest.raises(StoreError, match=r"x\.jsonl cannot be read: ClientResponseError: 503.*tried \d+ times"):
         describe(SourceFile(f"{server}/x.jsonl", "x"))

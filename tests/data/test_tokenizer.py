@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken
 
 from perilune.pretrain.data import tokenizer as module
 from perilune.pretrain.data.tokenizer import SPECIAL, Tokenizer, load_tokenizer, train_tokenizer
@@ -34,6 +36,26 @@ def test_transformers_loads_it_and_agrees(tokenizer_path: Path, tokenizer: Token
     for text, ids in zip(texts[:50], tokenizer.encode_batch(texts[:50]), strict=True):
         assert stock.decode(stock.encode(text)) == text
         assert stock.encode(text, split_special_tokens=True) == ids.tolist()
+
+
+def test_added_tokens_that_are_not_special_are_matched_as_transformers_does(
+    tokenizer_path: Path, tmp_path: Path
+) -> None:
+    """As DeepSeek-V3's `<think>`; what it calls special stays text. One that would take a space along is refused."""
+    from transformers import PreTrainedTokenizerFast
+
+    folder = shutil.copytree(tokenizer_path, tmp_path / "tok")
+    inner = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    inner.add_tokens([AddedToken("<think>", special=False), AddedToken("<strip>", special=False, lstrip=True)])
+    inner.add_special_tokens([AddedToken("<|user|>", special=True)])
+    inner.save(str(folder / "tokenizer.json"))
+    stock, ours = PreTrainedTokenizerFast.from_pretrained(folder), load_tokenizer(folder)
+    for text in ("a <think> orbit", "<think></think>\n<think>", "x<strip> y <|user|> <|eos|> z"):
+        ids = ours.encode_batch([text])[0].tolist()
+        assert ids == stock.encode(text, add_special_tokens=False, split_special_tokens=True) and max(ids) >= 400
+        assert ours.decode(ids) == text
+    with pytest.raises(InputError, match="this tokenizer alters text"):
+        ours.encode_batch(["x <strip> y"])
 
 
 @settings(deadline=None, max_examples=300)

@@ -1,10 +1,13 @@
-"""The loss by chunks of tokens against PyTorch's on all logits. Split over ranks, the parity matrix compares it."""
+"""The loss by chunks of tokens, and by ranks that hold parts of the vocabulary, against PyTorch's on all logits."""
 
+import gloo_ranks as ranks
 import pytest
 import torch
+import torch.nn.functional as F
 
 from perilune.kernels import cross_entropy
 from perilune.kernels.cross_entropy import linear_cross_entropy, reference
+from perilune.parallel.workers import Workers
 
 
 @pytest.mark.usefixtures("bf16_multiplied")
@@ -38,6 +41,23 @@ def test_chunks_equal_pytorch_in_values_and_gradients(
         torch.testing.assert_close(weight.grad, dweight, **close)
 
 
+@pytest.mark.parametrize("kept", [0, 11 * 50])
+def test_a_vocabulary_split_over_ranks_is_pytorch_s_whole_one(kept: int, workers: Workers) -> None:
+    """Each of two ranks has half of the vocabulary's rows; the other's labels are none of its own."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(rows, 16, generator=generator).requires_grad_() for rows in (11, 50))
+    labels = torch.tensor([0, 24, 25, 49, 3, 30, 12, 41, 25, 7, 48])  # the halves' first and last among them
+    upstream = torch.rand(11, generator=generator)
+    theirs = F.cross_entropy(hidden @ weight.T, labels, reduction="none")
+    dhidden, dweight = torch.autograd.grad(theirs, (hidden, weight), upstream)
+    chunk = 3 * 25  # three tokens of a rank's words
+    got = workers.run(2, ranks.split_head, hidden.detach(), weight.detach(), labels, upstream, kept, chunk)
+    for losses, dhidden_sum, _ in got:
+        torch.testing.assert_close(losses, theirs, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(dhidden_sum, dhidden, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.cat([part for *_, part in got]), dweight, rtol=1e-5, atol=1e-5)
+
+
 def test_a_frozen_head_collects_no_gradient() -> None:
     hidden, weight = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4)
     weight.main_grad = torch.zeros(5, 4)  # type: ignore[attr-defined]
@@ -65,8 +85,8 @@ def test_large_logits_do_not_overflow() -> None:
 
 
 def test_no_tensor_of_all_logits_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cross_entropy, "KEPT", 0)
     """In bf16 the logits of all tokens are held in bf16; in fp32 those of a chunk alone."""
+    monkeypatch.setattr(cross_entropy, "KEPT", 0)
     from torch.utils._python_dispatch import TorchDispatchMode
 
     T, V = 12, 64

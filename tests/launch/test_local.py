@@ -5,23 +5,28 @@ Training is the real one. Where only processes matter, the ranks are a few lines
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import pytest
 from launched_runs import STEPS, metrics, train
 
+from perilune.launch import launchers, local
 from perilune.launch.job import Job, JobError, Papers
-from perilune.launch.judge import events
+from perilune.launch.judge import events, note
+from perilune.launch.launchers import claimed
 
 COMMAND = str(Path(sys.executable).with_name("perilune"))
 
@@ -344,6 +349,48 @@ def test_a_second_run_that_is_refused_leaves_the_first_ones_configuration(packed
         finish(process, 75, 30)
 
 
+def test_of_two_launches_in_one_instant_one_is_refused_and_writes_nothing(packed: Path, tmp_path: Path) -> None:
+    """The other has not recorded itself yet, so that only its lock tells of it."""
+    keys = ["train", "tiny", f"data.path={packed}", "valid.every=0", "optim.lr=9e-3", "--run", str(tmp_path)]
+    with claimed(Papers(tmp_path)):
+        for words in (keys, ["launch", "ray", "--", *keys]):
+            with started(COMMAND, *words) as other:
+                said = finish(other, 2, 60)
+            assert f"is being launched already, by process {os.getpid()} on {socket.gethostname()}" in said, words
+    assert [file.name for file in tmp_path.rglob("*")] == ["launch", "lock"]
+
+
+def test_a_run_that_lives_on_another_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one file system: while it holds its folder it runs; where locks do not reach, its heartbeats tell."""
+    papers = Papers(tmp_path)
+    job = Job(("train",), tmp_path, folder=tmp_path)
+    where = local.where(job) | {"host": "elsewhere"}
+    papers.write(job, where)
+    with (papers.folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert local.state(where) == "running on elsewhere"
+        with pytest.raises(JobError, match=r"trained already, by process \d+ \(running on elsewhere\)"):
+            launchers.refuse_second(papers)
+    assert local.state(where) == "on elsewhere, which cannot be asked from here"
+
+    papers.beats.mkdir()
+    beat = papers.beats / "rank_00000.json"
+    beat.write_text("1")
+    monkeypatch.setattr(launchers, "_LOOK_S", 0.5)
+    timer = Timer(0.2, lambda: beat.write_text("2"))
+    timer.start()
+    said = r"on elsewhere .*, which cannot be asked from here, and its ranks give signs"
+    with pytest.raises(JobError, match=said), claimed(papers):
+        pass
+    timer.join()
+    with claimed(papers):  # silent: with a word
+        pass
+    note(papers, "stopped")
+    monkeypatch.setattr(launchers, "_LOOK_S", 60.0)  # it has said that it ended: nothing to wait for
+    with claimed(papers):
+        pass
+
+
 def test_ctrl_c_ends_with_a_checkpoint_and_twice_at_once(tmp_path: Path) -> None:
     once, twice = tmp_path / "once", tmp_path / "twice"
     for folder in (once, twice):
@@ -364,8 +411,6 @@ def test_ctrl_c_ends_with_a_checkpoint_and_twice_at_once(tmp_path: Path) -> None
 
 
 def test_cancel_reaches_the_launcher_alone(tmp_path: Path) -> None:
-    from perilune.launch import local
-
     with launched(tmp_path, "") as process:
         up(tmp_path)
         _, where = Papers(tmp_path).read()

@@ -13,6 +13,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -21,7 +22,7 @@ from launched_runs import STEPS, metrics, train
 from ray_nodes import ENV, PERILUNE, TOKEN, Nodes
 
 from perilune.launch import ray_driver, ray_jobs
-from perilune.launch.job import Job, JobError, Papers
+from perilune.launch.job import Job, JobError, NoAnswer, Papers
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +136,45 @@ def test_asked_to_end_it_writes_a_checkpoint_and_the_job_says_so(cluster: Nodes,
     assert "preempted" in finish(launched, 75)
     last = metrics(run)[-1]["step"]
     assert (run / "checkpoints" / "latest").read_text().strip() == f"step_{last:08d}"
+
+
+def waits(answers: list[Any], monkeypatch: pytest.MonkeyPatch, folder: Path) -> int:
+    """`launch ray --wait` on a job, while its cluster answers so, the last for ever."""
+    from ray.job_submission import JobStatus
+
+    class Client:
+        def get_job_status(self, number: str) -> JobStatus:
+            answer = answers.pop(0) if len(answers) > 1 else answers[0]
+            if isinstance(answer, Exception):
+                raise answer
+            return JobStatus(answer)
+
+        def get_job_logs(self, number: str) -> str:
+            return ""
+
+        def get_job_info(self, number: str) -> Any:
+            return SimpleNamespace(driver_exit_code=75)
+
+    monkeypatch.setattr(ray_jobs.time, "sleep", lambda seconds: None)
+    return ray_jobs._stay(Client(), {"address": "http://head:8265", "job": "perilune_1"}, Papers(folder))
+
+
+def test_a_cluster_that_is_silent_for_a_while_is_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    away, busy = ConnectionError("refused"), RuntimeError("Request failed with status code 503: no GCS")
+    assert waits(["RUNNING", away, busy, away, "RUNNING", "FAILED"], monkeypatch, tmp_path) == 75
+    said = capsys.readouterr().err
+    assert said.count("http://head:8265 does not answer since") == said.count("answers again") == 1, said
+    assert "it was running" in said
+
+    monkeypatch.setattr(ray_jobs, "_PATIENCE_S", 0.05)
+    with pytest.raises(NoAnswer, match=r"perilune_1 is known: at .* it was running.*perilune jobs status") as silent:
+        waits(["RUNNING", away], monkeypatch, tmp_path)
+    assert str(tmp_path) in str(silent.value)
+    with pytest.raises(JobError, match=r"perilune_1 does not exist.*perilune jobs status") as gone:
+        waits(["RUNNING", RuntimeError("Job perilune_1 does not exist")], monkeypatch, tmp_path)
+    assert not isinstance(gone.value, NoAnswer)
 
 
 def test_a_request_without_the_token_is_refused(cluster: Nodes, packed: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 import pytest
 import slurm_cluster
+from click.testing import CliRunner
 from launched_runs import STEPS, metrics, train
 
 from perilune.launch import slurm as slurm_jobs
@@ -24,6 +25,7 @@ from perilune.launch import slurm_script
 from perilune.launch.job import Job, JobError, NoAnswer, Papers
 from perilune.launch.launchers import refuse_second
 from perilune.launch.slurm_script import Placement, Site
+from perilune.pretrain import launch_cli
 
 GOLDEN = Path(__file__).with_name("golden")
 SITE = """\
@@ -127,10 +129,23 @@ def test_a_site_that_cannot_be_is_refused(text: str, message: str, tmp_path: Pat
         Site.read(tmp_path / "site.yaml")
 
 
+def test_a_sweep_over_layouts_goes_on_with_as_many_nodes_as_all_of_them_fit() -> None:
+    """The command alone would fit 3 nodes too, and not one of the runs would be it."""
+    train = ["train", "tiny", "valid.every=0", "model.num_layers=4", "data.path=/data/packed",
+             "train.global_batch_size=96", "--run", "/shared/runs/a"]  # fmt: skip
+    words = ["--nodes", "1-4", "--dry-run", "--json", "--sweep", "parallel.pp=2,4", "--", *train]
+    done = CliRunner().invoke(launch_cli.launch, ["slurm", *words])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["job"]["worlds"] == [4]
+
+
 def test_sweeps_and_times_that_cannot_be_are_refused() -> None:
     assert slurm_script.seconds("1-02:03:04") == 93784 and slurm_script.seconds(None) == 0
     assert slurm_script.parse_sweep(("a=[1,2],3",)) == (("a", ("[1,2]", "3")),)
-    for bad in ("a", "=1", "a=", "a=1,1"):
+    assert slurm_script.parse_sweep(("a=[[1,2],[3]],{b: [4,5], c: {}},6",)) == (
+        ("a", ("[[1,2],[3]]", "{b: [4,5], c: {}}", "6")),
+    )
+    for bad in ("a", "=1", "a=", "a=1,1", "a=[1,2", "a=1],2", "a=[1,{2],3}", "a=1,"):
         with pytest.raises(JobError, match="--sweep"):
             slurm_script.parse_sweep((bad,))
     for bad in ("12", "1:00", "00:61:00"):

@@ -31,17 +31,21 @@ def config_of(stage: str, compute: str = "fp32", **parallel: Any) -> Config:
         "vit": replace(vl.model, num_layers=2, first_k_dense_replace=2, n_routed_experts=0, hidden_size=32),
         "joint": vl.model,
     }
-    seeds = {"text": 3, "vit": 5, "joint": 7}
     return replace(
         vl,
         stage=stage,
         model=model_of[stage],
         vision=text.vision if stage == "text" else vl.vision,
         contrastive=CONTRASTIVE if stage == "vit" else Contrastive(),
-        train=replace(vl.train, seed=seeds[stage]),
         parallel=Parallel(**parallel),
         precision=Precision(compute=compute),  # type: ignore[arg-type]
     )
+
+
+def built(config: Config, mesh: meshes.Mesh) -> model.Model:
+    """Each stage draws other weights; the order of its data is that of the seed which all of them have."""
+    seed = config.train.seed + {"text": 3, "vit": 5, "joint": 7}[config.stage]
+    return model.build(replace(config, train=replace(config.train, seed=seed)), mesh)
 
 
 def save_new(config: Config, folder: Path, step: int, data: Path, rows: int, moments: bool = True) -> Path:
@@ -49,7 +53,7 @@ def save_new(config: Config, folder: Path, step: int, data: Path, rows: int, mom
     mesh = rules.mesh_of(config, dist.get_world_size())
     meshes.start(mesh, timeout_s=60)
     try:
-        net = model.build(config, mesh)
+        net = built(config, mesh)
         optim = optimizer.build(config, net)
         torch.manual_seed(step)
         for one in getattr(optim, "chained_optimizers", [optim]):
@@ -76,9 +80,9 @@ def take_over(config: Config, sources: list[Path], data: Path, folder: Path) -> 
     mesh = rules.mesh_of(config, dist.get_world_size())
     meshes.start(mesh, timeout_s=60)
     try:
-        net = model.build(config, mesh)
+        net = built(config, mesh)
         optim = optimizer.build(config, net)
-        stream = open_stream(_data(data), 1, depth=0)
+        stream = open_stream(_data(data), config.train.seed, depth=0)
         try:
             taken = carry_over.take_over(sources, net, optim, stream)
             ids = stream.global_batch_ids(taken.state, 4)

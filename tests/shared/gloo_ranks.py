@@ -1,4 +1,4 @@
-"""What the processes of tests/parallel/test_cpu.py, test_overlap.py and test_validation.py do."""
+"""What the processes of tests/kernels/test_cross_entropy.py and of some of tests/parallel do."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
+from perilune.kernels import cross_entropy
 from perilune.parallel import cpu
 from perilune.parallel import mesh as meshes
 from perilune.pretrain import model as models
@@ -35,6 +36,20 @@ def uneven(patched: bool) -> Any:
         except (RuntimeError, ValueError) as error:
             found.append(type(error).__name__)
     return found
+
+
+def split_head(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, upstream: torch.Tensor, kept: int, chunk: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Losses, the gradient of `hidden` summed over ranks, and that of this rank's rows of `weight`."""
+    hidden = hidden.clone().requires_grad_()
+    mine = weight.chunk(dist.get_world_size())[dist.get_rank()].clone().requires_grad_()
+    with mock.patch.multiple(cross_entropy, KEPT=kept, CHUNK=chunk):
+        losses = cross_entropy.linear_cross_entropy(hidden, mine, labels, dist.group.WORLD)
+        losses.backward(upstream)
+    assert hidden.grad is not None and mine.grad is not None
+    dist.all_reduce(hidden.grad)
+    return losses.detach(), hidden.grad, mine.grad
 
 
 def validate(config: Config, batches: list[tuple[PackedBatch, int]]) -> tuple[float, float]:
