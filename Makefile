@@ -6,6 +6,8 @@ SHELL := bash
 
 PYTHON ?= python3.12
 BIN := .venv/bin
+# Tests side by side: one process of them leaves a third of two cores idle. JOBS=1: one after the other.
+JOBS ?= 2
 PACKAGES := pretrain parallel moe vision kernels launch
 # One thread a process: tests start several processes, and idle OpenMP threads that spin would slow all of them.
 # Safe path: without it `python -m` puts this folder on sys.path, where `kernels` would hide the PyPI package of that name.
@@ -32,7 +34,7 @@ demo-vlm: install
 	$(BIN)/perilune demo --vlm
 
 test: lint tools
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup
 
 bench: install
 	$(BIN)/python tests/bench/run.py

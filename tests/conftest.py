@@ -13,6 +13,8 @@ from hypothesis import settings
 
 from perilune.parallel.workers import Workers
 
+TESTS = Path(__file__).parent
+
 # Before torch is imported anywhere: processes started by tests share the cores, and inherit both.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["PYTHONSAFEPATH"] = "1"
@@ -24,8 +26,10 @@ settings.load_profile("perilune")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests in tests/gpu are skipped, visibly, where there is no GPU."""
-    on_gpu = [item for item in items if "gpu" in item.path.relative_to(Path(__file__).parent).parts[:-1]]
+    """What runs in one process after the other; tests in tests/gpu are skipped, visibly, where there is no GPU."""
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(_together(item)))
+    on_gpu = [item for item in items if "gpu" in item.path.relative_to(TESTS).parts[:-1]]
     if not on_gpu:
         return
     import torch
@@ -33,6 +37,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in on_gpu:
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+def _together(item: pytest.Item) -> str:
+    """The group of a test, where `pytest -n` runs groups side by side: of those that share processes, or files."""
+    if "workers" in getattr(item, "fixturenames", ()):
+        return "ranks"
+    folder, *more = item.path.relative_to(TESTS).parts
+    if folder in ("launch", "scaling"):  # they start clusters of Ray and Slurm, one at a time
+        return "clusters"
+    return folder if more else item.path.stem
 
 
 Perilune = Callable[..., "subprocess.CompletedProcess[str]"]
