@@ -25,6 +25,7 @@ settings.register_profile("perilune", deadline=None, max_examples=50, derandomiz
 settings.load_profile("perilune")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What runs in one process after the other; tests in tests/gpu are skipped, visibly, where there is no GPU."""
     for item in items:
