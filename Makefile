@@ -34,7 +34,7 @@ demo-vlm: install
 	$(BIN)/perilune demo --vlm
 
 test: lint tools
-	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup
+	$(BIN)/python -m pytest -q -n $(JOBS)
 
 bench: install
 	$(BIN)/python tests/bench/run.py

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -25,11 +26,8 @@ settings.register_profile("perilune", deadline=None, max_examples=50, derandomiz
 settings.load_profile("perilune")
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What runs in one process after the other; tests in tests/gpu are skipped, visibly, where there is no GPU."""
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(_together(item)))
+    """Tests in tests/gpu are skipped, visibly, where there is no GPU."""
     on_gpu = [item for item in items if "gpu" in item.path.relative_to(TESTS).parts[:-1]]
     if not on_gpu:
         return
@@ -40,14 +38,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 
 
-def _together(item: pytest.Item) -> str:
-    """The group of a test, where `pytest -n` runs groups side by side: of those that share processes, or files."""
-    if "workers" in getattr(item, "fixturenames", ()):
-        return "ranks"
-    folder, *more = item.path.relative_to(TESTS).parts
-    if folder in ("launch", "scaling"):  # they start clusters of Ray and Slurm, one at a time
-        return "clusters"
-    return folder if more else item.path.stem
+# What runs in one process, one after the other, where `pytest -n` runs tests side by side; else a folder or a file of
+# this one does. The first start clusters of Ray and of Slurm, one at a time; the others share the pool of `workers`.
+CLUSTERS = ("launch", "scaling")
+RANKS = ("evaluate", "moe", "optim", "parallel", "plan", "vision", "test_carry_over.py", "test_checkpoint.py",
+         "test_saver.py")  # fmt: skip
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Not by marks: pytest 9.2 does not tell pytest-xdist 3.8 of them."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Groups(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            first = nodeid.partition("::")[0].removeprefix("tests/").partition("/")[0]
+            return "clusters" if first in CLUSTERS else "ranks" if first in RANKS else first
+
+    return Groups(config, log)
 
 
 Perilune = Callable[..., "subprocess.CompletedProcess[str]"]
