@@ -38,9 +38,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 
 
-# What runs in one process, one after the other, where `pytest -n` runs tests side by side; else a folder or a file of
-# this one does. The first start clusters of Ray and of Slurm, one at a time; the others share the pool of `workers`.
-CLUSTERS = ("launch", "scaling")
+# Where `pytest -n` runs tests side by side, these stay in one process, for they share the pool of `workers`; of others
+# each folder, and each file of this one, does.
 RANKS = ("evaluate", "moe", "optim", "parallel", "plan", "vision", "test_carry_over.py", "test_checkpoint.py",
          "test_saver.py")  # fmt: skip
 
@@ -53,7 +52,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class Groups(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             first = nodeid.partition("::")[0].removeprefix("tests/").partition("/")[0]
-            return "clusters" if first in CLUSTERS else "ranks" if first in RANKS else first
+            return "ranks" if first in RANKS else first
 
     return Groups(config, log)
 
