@@ -29,6 +29,7 @@ def own_cluster(environment: Mapping[str, str]) -> dict[str, str]:
         # Else Ray gives its node an address that others reach, and listens on every interface; its metrics ask for no
         # token. With this its node is 127.0.0.1, and so is everything that listens.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "RAY_worker_niceness": environment.get("RAY_worker_niceness", "0"),  # else ranks yield to all else
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": environment.get("RAY_AUTH_TOKEN") or secrets.token_hex(32),
     }

@@ -157,7 +157,7 @@ def test_what_an_earlier_run_left_is_verified(
     assert contents(data) == contents(whole)
     again = {"none": 14, "batch": 13, "batch's record": 13}.get(damage, 0)
     assert encoded == list(range(again, 20)), damage
-    assert ("packing starts again" in capsys.readouterr().err) == ("shard" in damage)
+    assert ("packing starts again" in " ".join(capsys.readouterr().err.split())) == ("shard" in damage)
 
 
 def test_another_recipe_or_text_starts_from_nothing(

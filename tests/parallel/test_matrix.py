@@ -33,7 +33,6 @@ tp2 dp2 ep2 etp2
 tp2 cp2 ep4 micro2 (yarn)
 tp2 cp2 ep4 micro2 (vlm)
 tp2 cp2 ep4 recompute full
-pp2 vpp2 recompute layernorm+mla_up_proj+moe_act
 tp2 pp2 ep2 allgather micro2
 tp4 micro2
 dp8 ep8

@@ -29,7 +29,7 @@ ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 LADDER = """
 preset: tiny
 set: {data.path: %s, valid.steps: 1, train.save_every: 10}
-budgets: [8.0e+9]
+budgets: [5.0e+9]
 sizes:
   long: {model.num_layers: 2, model.hidden_size: 32}
   short: {}

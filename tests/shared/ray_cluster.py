@@ -17,8 +17,8 @@ import tempfile
 from pathlib import Path
 
 HEALTH = {"initial_delay_ms": 500, "period_ms": 500, "timeout_ms": 1000, "failure_threshold": 3}
-# Each driver would have as many idle workers started as there are CPUs.
-os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_prestart_worker_first_driver": "0"} | {
+# Each driver would have as many idle workers started as there are CPUs; and workers give way to whatever else computes.
+os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_prestart_worker_first_driver": "0", "RAY_worker_niceness": "0"} | {
     f"RAY_health_check_{name}": str(n) for name, n in HEALTH.items()
 }
 
