@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,15 @@ import pytest
 BENCH = Path(__file__).parent / "bench"
 sys.path.append(str(BENCH))
 
+import floors  # noqa: E402
 import rival_losses  # noqa: E402
 import run as driver  # noqa: E402
 
 from perilune.parallel.workers import Workers  # noqa: E402
 from perilune.pretrain import presets  # noqa: E402
-from perilune.pretrain.schema import Precision  # noqa: E402
+from perilune.pretrain.plan import counts  # noqa: E402
+from perilune.pretrain.plan.counts import flops_per_token  # noqa: E402
+from perilune.pretrain.schema import Config, Precision  # noqa: E402
 
 GOOD: dict[str, Any] = {"name": "pack_vs_tokenizers", "ours": 2.0, "rival": 4.0, "ratio": 0.5, "unit": "MB/s"}
 WRITES = "import pathlib, sys; pathlib.Path(sys.argv[sys.argv.index('--json') + 1]).write_text({text!r})\n"
@@ -72,24 +76,43 @@ def test_every_bench_is_there() -> None:
     assert scripts <= set(driver.BENCHES)
 
 
-@pytest.mark.parametrize("compute", ["fp32", "bf16"])
-def test_the_rival_from_megatron_core_does_the_same_work(compute: str) -> None:
-    """Its loss is ours at the first step, and after an update by its own optimizer."""
+@pytest.fixture(scope="module")
+def alone() -> Iterator[Workers]:
+    with Workers(1) as workers:
+        yield workers
+
+
+def small(compute: str) -> Config:
     proxy = presets.get("proxy_100m")
     model = replace(
         proxy.model, num_layers=2, hidden_size=128, num_attention_heads=2, intermediate_size=128,
         n_routed_experts=8, moe_intermediate_size=32, vocab_size=256, num_nextn_predict_layers=0,
         seq_aux_loss_alpha=0.0,
     )  # fmt: skip
-    config = replace(
-        proxy,
-        model=model,
-        precision=Precision(compute=compute),
-        data=replace(proxy.data, seq_len=32),  # type: ignore[arg-type]
-    )
-    with Workers(1) as workers:
-        found = workers.run(1, rival_losses.first_losses, config)[0]
+    precision = Precision(compute=compute)  # type: ignore[arg-type]
+    return replace(proxy, model=model, precision=precision, data=replace(proxy.data, seq_len=32))
+
+
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+def test_the_rival_from_megatron_core_does_the_same_work(compute: str, alone: Workers) -> None:
+    """Its loss is ours at the first step, and after an update by its own optimizer."""
+    found = alone.run(1, rival_losses.first_losses, small(compute))[0]
     mine = found.pop("ours")
     assert mine[1] < mine[0] and found
     for losses in found.values():
         assert losses == pytest.approx(mine, rel={"fp32": 1e-5, "bf16": 1e-2}[compute])
+
+
+def test_the_floors_of_a_step_count_all_of_its_work(alone: Workers) -> None:
+    """By our own count of a model's FLOPs; and every operation is met, in whatever it is called by now."""
+    config = small("fp32")
+    found = alone.run(1, rival_losses.counted, config)[0]
+    rest = found.pop(floors.REST)
+    assert set(found) == set(floors.NAMES) and rest.seconds > 0 and rest.flops == rest.bytes == 0
+    assert all(cost.seconds > 0 and cost.flops + cost.bytes > 0 for cost in found.values()), found
+    tokens = rival_losses.ROWS * config.data.seq_len
+    counted = tokens * flops_per_token(config.model, config.data.seq_len).training
+    assert sum(cost.flops for cost in found.values()) == pytest.approx(counted, rel=1e-12)
+    # AdamW reads and writes seven numbers of each parameter, and setting its gradient to zero writes one.
+    parameters = counts.parameters(config.model).total - config.model.n_routed_experts  # the bias of the one router
+    assert found["AdamW"].bytes == 28 * parameters and found["gradients set to zero"].bytes == 4 * parameters

@@ -1,4 +1,4 @@
-"""How fast this machine multiplies: what other figures are fractions of."""
+"""How fast this machine multiplies and copies: what other figures are fractions of."""
 
 from __future__ import annotations
 
@@ -18,6 +18,20 @@ def matmul_rate(dtype: torch.dtype, size: int = 2048) -> float:
         a @ b
         times.append(time.perf_counter() - began)
     return 2 * size**3 / statistics.median(times)
+
+
+def copy_rate(size: int = 1 << 28) -> float:
+    """Bytes/s that all threads read and write together, each counted: the median of a second's copies, five at least.
+
+    Of `size` bytes, by default 256 MB, which no cache holds.
+    """
+    a, b = (torch.ones(size // 4) for _ in range(2))
+    times: list[float] = []
+    while len(times) < 5 or sum(times) < 1:
+        began = time.perf_counter()
+        b.copy_(a)
+        times.append(time.perf_counter() - began)
+    return 2 * size / statistics.median(times)
 
 
 def emulates_bf16() -> bool:

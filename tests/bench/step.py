@@ -76,6 +76,15 @@ MEMORY_OF = {"memory of ours": "ours", "memory of theirs": "theirs"}
 Step = Callable[[], float]  # takes one step, returns its loss
 
 
+def alone(rows: int) -> np.ndarray:
+    """This process becomes a run of its own, on all cores; the tokens of its batch [rows, S]."""
+    torch.set_num_threads(os.cpu_count() or 1)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    config = shape("fp32")
+    meshes.start(rules.mesh_of(config, 1))
+    return np.random.default_rng(0).integers(0, config.model.vocab_size, (rows, SEQ_LEN))
+
+
 def shape(compute: str) -> Config:
     proxy = presets.get("proxy_100m")
     model = replace(proxy.model, num_nextn_predict_layers=0, seq_aux_loss_alpha=0.0)
@@ -295,11 +304,7 @@ def main() -> None:
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    torch.set_num_threads(os.cpu_count() or 1)
-    store = dist.HashStore()
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    meshes.start(rules.mesh_of(shape("fp32"), 1))
-    tokens = np.random.default_rng(0).integers(0, shape("fp32").model.vocab_size, (arguments.rows, SEQ_LEN))
+    tokens = alone(arguments.rows)
     if arguments.alone == "speed":
         return own_speed(arguments.compute, tokens)
     if arguments.alone:
