@@ -57,6 +57,20 @@ def test_one_that_fails_is_named_and_the_others_still_run(
         assert why in line
 
 
+def test_what_is_left_out_is_a_row_with_its_goal_and_no_entry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    left_out = {"name": "step_bf16_vs_megatron", "not_measured": "this CPU cannot"}
+    bench(tmp_path, "one", json.dumps([GOOD, left_out]))
+    code, entries = drive(tmp_path, monkeypatch, "one")
+    assert code == 0 and entries == [GOOD]
+    assert "keys" in driver.wrong([left_out | {"ratio": 1.0}])
+    said = capfd.readouterr().out
+    row = next(line for line in said.splitlines() if "step_bf16_vs_megatron" in line)
+    assert row.strip("│ ").endswith("not measured here") and ">= 2" in row
+    assert "\nnot measured here: this CPU cannot\n" in said
+
+
 def test_a_missed_goal_is_shown_and_is_no_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
