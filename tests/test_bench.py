@@ -17,6 +17,7 @@ sys.path.append(str(BENCH))
 import floors  # noqa: E402
 import rival_losses  # noqa: E402
 import run as driver  # noqa: E402
+import step  # noqa: E402
 
 from perilune.parallel.workers import Workers  # noqa: E402
 from perilune.pretrain import presets  # noqa: E402
@@ -69,6 +70,21 @@ def test_what_is_left_out_is_a_row_with_its_goal_and_no_entry(
     row = next(line for line in said.splitlines() if "step_bf16_vs_megatron" in line)
     assert row.strip("│ ").endswith("not measured here") and ">= 2" in row
     assert "\nnot measured here: this CPU cannot\n" in said
+
+
+def test_a_step_gives_every_entry_that_is_asked_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step, "slow_bf16", lambda: False)
+    given = step.names("fp32") + step.names("bf16")
+    assert len(set(given)) == len(given)
+    assert {
+        "step_fp32_vs_transformers", "step_bf16_vs_transformers", "step_fp32_vs_megatron", "step_bf16_vs_megatron",
+        "step_rss_vs_transformers", "step_fp32_matmul_fraction", "step_bf16_matmul_fraction",
+        "step_fp32_vs_transformers_keep_freed", "step_fp32_vs_megatron_keep_freed",
+        "step_rss_recompute_full_vs_none", "step_rss_recompute_v3_vs_none",
+    } <= set(given)  # fmt: skip
+    monkeypatch.setattr(step, "slow_bf16", lambda: True)
+    aimed_at = {name for name in (*driver.AT_LEAST, *driver.AT_MOST) if name.startswith("step_")}
+    assert aimed_at <= {*step.names("fp32"), *step.names("bf16")}
 
 
 def test_a_missed_goal_is_shown_and_is_no_failure(
