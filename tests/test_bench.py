@@ -15,6 +15,7 @@ BENCH = Path(__file__).parent / "bench"
 sys.path.append(str(BENCH))
 
 import floors  # noqa: E402
+import overlap  # noqa: E402
 import rival_losses  # noqa: E402
 import run as driver  # noqa: E402
 import step  # noqa: E402
@@ -146,3 +147,14 @@ def test_the_floors_of_a_step_count_all_of_its_work(alone: Workers) -> None:
     # AdamW reads and writes seven numbers of each parameter, and setting its gradient to zero writes one.
     parameters = counts.parameters(config.model).total - config.model.n_routed_experts  # the bias of the one router
     assert found["AdamW"].bytes == 28 * parameters and found["gradients set to zero"].bytes == 4 * parameters
+
+
+def test_overlap_is_measured_on_the_same_work(alone: Workers) -> None:
+    found = alone.run(1, overlap.race, small("fp32"), 1, 1)[0]
+    names = ["overlap_grad_reduce_vs_none", "overlap_param_gather_vs_none"]
+    assert [one["name"] for one in overlap.entries(found)] == names
+    seconds = {"none": 3.0, "grad_reduce": 2.0, "param_gather": 1.5}
+    made = overlap.entries({name: [(taken, 1.0)] for name, taken in seconds.items()})
+    assert [one["ratio"] for one in made] == [1.5, 2.0]
+    with pytest.raises(ValueError, match="grad_reduce"):
+        overlap.entries({**found, "grad_reduce": [(1.0, 0.5)]})

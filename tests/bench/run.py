@@ -27,7 +27,7 @@ from rich.table import Table
 
 HERE = Path(__file__).parent
 BENCHES = (
-    "start", "step", "floors", "checkpoint", "pack", "data", "verify", "vision_data", "vision", "optim",
+    "start", "step", "floors", "overlap", "checkpoint", "pack", "data", "verify", "vision_data", "vision", "optim",
     "recovery",
 )  # fmt: skip
 KEYS = {"name", "ours", "rival", "ratio", "unit"}
