@@ -181,8 +181,8 @@ class Parallel:
     layout: str | None = None  # Megatron's pipeline layout string; None: balanced
     dispatcher: Literal["alltoall", "allgather", "flex", "hybridep"] = "alltoall"  # flex: DeepEP
     zero1: bool = True  # optimizer state sharded over data-parallel ranks
-    # Communication beside computation. Off: what it gains is not measured here, and it costs memory for the buckets in
-    # flight. The results are the same.
+    # Communication beside computation. Off: what it gains is not known for a GPU (tests/bench/overlap.py measures it on
+    # two gloo ranks of a CPU), and it costs memory for the buckets in flight. The results are the same.
     overlap_grad_reduce: bool = False  # gradients are reduced, bucket by bucket, while backward goes on
     overlap_param_gather: bool = False  # updated weights are gathered while the next forward goes on; needs zero1
     overlap_ep: bool = False  # tokens travel between expert ranks while another micro-batch computes: not built

@@ -32,7 +32,7 @@ sys.path.append(str(Path(__file__).parent))
 import numpy as np
 import torch
 import torch.distributed as dist
-from matmul import emulates_bf16
+from matmul import why_not_bf16
 
 from perilune.parallel import mesh as meshes
 from perilune.pretrain import checkpoint, presets, rules
@@ -105,7 +105,7 @@ class Training:
 
 def saves(folder: Path, rounds: int) -> list[dict[str, object]]:
     config = presets.get("proxy_100m")
-    if emulates_bf16():
+    if why_not_bf16():
         config = replace(config, precision=Precision(compute="fp32"))
     with built(config) as net:
         training = Training(config, net)

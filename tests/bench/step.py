@@ -15,8 +15,10 @@ its own, as a run has it, with the router's own choices (natural), as all else h
 experts chosen in turn beside it. Where this CPU is slower with bf16 Perilune multiplies it in fp32
 (`kernels/matmul.py`): the fraction of bf16's rate may then be above one, and `step_bf16_fp32_matmul_fraction` is that
 of fp32's. Perilune's processes tell glibc to keep freed memory (`parallel/memory.py`); rivals run with it as it is
-shipped, or with `--keep-freed` as ours do. Memory (rss) is the peak resident size of a process of its own that takes
-two steps; transformers' in bf16 is that with autocast, whose weights and optimizer state are fp32 like ours.
+shipped. In `..._keep_freed` they are told the same, in one round less, each in the way that was fastest before. Memory
+(rss) is the peak resident size of a process of its own that takes two steps; transformers' in bf16 is that with
+autocast, whose weights and optimizer state are fp32 like ours. `step_rss_recompute_..._vs_none` is ours in fp32 where
+backward computes again what it would keep: all of a layer (`full`), or what DeepSeek-V3 does (`v3`).
 """
 
 from __future__ import annotations
@@ -49,7 +51,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from forced_balance import force_balance
-from matmul import emulates_bf16, matmul_rate
+from matmul import matmul_rate, why_not_bf16
 from safetensors.torch import save_file
 
 from perilune.kernels.matmul import slow_bf16
@@ -64,16 +66,44 @@ from perilune.pretrain.objective import next_token
 from perilune.pretrain.optim import optimizer
 from perilune.pretrain.parity import probe
 from perilune.pretrain.plan.counts import flops_per_token
-from perilune.pretrain.schema import Config, Precision
+from perilune.pretrain.schema import Config, Precision, Recompute
 from perilune.pretrain.step import train_step
 from perilune.pretrain.timetable import StepPlan
 
 SEQ_LEN, CLIP = 1024, 1.0
 EXPERTS = ("grouped_mm", "eager")
+KEPT = "_keep_freed"  # at the end of an entry's name
+RECOMPUTED = {
+    "full": Recompute("full"),
+    "v3": Recompute("selective", ("layernorm", "mla_up_proj", "moe_act")),  # arXiv 2412.19437, section 3.2.3
+}
 APART = {"fp32": 1e-5, "bf16": 5e-3}  # of the losses at the first step, relative
 ALONE = 5  # steps of a process of its own
 MEMORY_OF = {"memory of ours": "ours", "memory of theirs": "theirs"}
+RIVALS = ("transformers", "megatron")
 Step = Callable[[], float]  # takes one step, returns its loss
+
+
+def alone(rows: int) -> np.ndarray:
+    """This process becomes a run of its own, on all cores; the tokens of its batch [rows, S]."""
+    torch.set_num_threads(os.cpu_count() or 1)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    config = shape("fp32")
+    meshes.start(rules.mesh_of(config, 1))
+    return np.random.default_rng(0).integers(0, config.model.vocab_size, (rows, SEQ_LEN))
+
+
+def names(compute: str) -> list[str]:
+    """Of all entries about a type, in their order."""
+    rss = "step_rss" if compute == "fp32" else f"step_rss_{compute}"
+    policies = RECOMPUTED if compute == "fp32" else ()
+    return [
+        *(f"step_{compute}_vs_{rival}{kept}" for kept in ("", KEPT) for rival in RIVALS),
+        f"step_{compute}_balanced_vs_natural",
+        *(f"step_{compute}_{rate}_fraction" for rate in types(compute)),
+        f"{rss}_vs_transformers",
+        *(f"{rss}_recompute_{policy}_vs_none" for policy in policies),
+    ]
 
 
 def shape(compute: str) -> Config:
@@ -163,17 +193,19 @@ def fastest(rival: str, ways: Iterable[tuple[str, Callable[[], Step]]], loss: fl
     return best[1:]
 
 
-def measure(compute: str, tokens: np.ndarray, rounds: int, kept: bool) -> list[dict[str, object]]:
+def measure(compute: str, tokens: np.ndarray, rounds: int) -> list[dict[str, object]]:
     with tempfile.TemporaryDirectory() as temporary:
-        entries = race(compute, tokens, rounds, Path(temporary), kept)
+        entries = race(compute, tokens, rounds, Path(temporary))
         gc.collect()
         as_shipped()
         ctypes.CDLL(None).malloc_trim(0)  # the processes whose memory is measured need room
-        return [*entries, *speed(compute, len(tokens)), memory(compute, len(tokens), Path(temporary))]
+        entries += [*speed(compute, len(tokens)), *memory(compute, len(tokens), Path(temporary))]
+    assert [one["name"] for one in entries] == names(compute)
+    return entries
 
 
-def race(compute: str, tokens: np.ndarray, rounds: int, folder: Path, kept: bool) -> list[dict[str, object]]:
-    """The speeds, of rivals that keep freed memory too if `kept`.
+def race(compute: str, tokens: np.ndarray, rounds: int, folder: Path) -> list[dict[str, object]]:
+    """The speeds, of rivals as they are shipped and of rivals that keep freed memory.
 
     Leaves transformers' checkpoint of the first weights in `folder`.
     """
@@ -185,11 +217,29 @@ def race(compute: str, tokens: np.ndarray, rounds: int, folder: Path, kept: bool
     weights = megatron_local.weights_of(net)
     local = [(str(w), partial(megatron_local.build, config, weights, ids, w)) for w in megatron_local.ways(compute)]
     loss = mine()
-    (allocator.keep_freed if kept else as_shipped)()
-    rivals = {
-        "transformers": fastest("transformers", hf, loss, apart),
-        "megatron": fastest("Megatron-core's local spec", local, loss, apart),
-    }
+    as_shipped()
+    found = [
+        fastest("transformers", hf, loss, apart),
+        fastest("Megatron-core's local spec", local, loss, apart),
+    ]
+    entries = []
+    for kept, number in (("", rounds), (KEPT, max(1, rounds - 1))):
+        seconds = by_rounds(mine, [step for _, step in found], number, bool(kept))
+        speeds = [tokens.size / statistics.median(column) for column in zip(*seconds, strict=True)]
+        print(f"{compute}: Perilune {speeds[0]:.0f} tokens/s{', rivals keep freed memory' * bool(kept)}")
+        for i, (rival, (way, _)) in enumerate(zip(RIVALS, found, strict=True), start=1):
+            ratio = statistics.median(row[i] / row[0] for row in seconds)
+            print(f"{compute}: {rival} ({way}) {speeds[i]:.0f} tokens/s, ratio {ratio:.2f}", flush=True)
+            entries.append(entry(f"step_{compute}_vs_{rival}{kept}", speeds[0], speeds[i], ratio, "tokens/s"))
+    return entries
+
+
+def by_rounds(mine: Step, rivals: list[Step], rounds: int, kept: bool) -> list[list[float]]:
+    """Of each round the seconds of a step of ours and of each rival's, which keep freed memory too if `kept`."""
+    if kept:
+        allocator.keep_freed()
+        for step in rivals:
+            step()  # what they gave back so far is asked for again
     seconds = []
     for _ in range(rounds):
         if not kept:
@@ -198,15 +248,8 @@ def race(compute: str, tokens: np.ndarray, rounds: int, folder: Path, kept: bool
         seconds.append([timed(mine)])
         if not kept:
             as_shipped()
-        seconds[-1] += [timed(step) for _, step in rivals.values()]
-    speeds = [tokens.size / statistics.median(column) for column in zip(*seconds, strict=True)]
-    entries = []
-    print(f"{compute}: Perilune {speeds[0]:.0f} tokens/s")
-    for i, (rival, (way, _)) in enumerate(rivals.items(), start=1):
-        ratio = statistics.median(row[i] / row[0] for row in seconds)
-        print(f"{compute}: {rival} ({way}) {speeds[i]:.0f} tokens/s, ratio {ratio:.2f}")
-        entries.append(entry(f"step_{compute}_vs_{rival}", speeds[0], speeds[i], ratio, "tokens/s"))
-    return entries
+        seconds[-1] += [timed(step) for step in rivals]
+    return seconds
 
 
 def types(compute: str) -> dict[str, torch.dtype]:
@@ -248,18 +291,20 @@ def speed(compute: str, rows: int) -> list[dict[str, object]]:
     return entries
 
 
-def process(what: str, compute: str, rows: int, **environment: str) -> str:
+def process(what: str, compute: str, rows: int, *options: str, **environment: str) -> str:
     """The last line that a process of its own prints about `what`."""
     command = [sys.executable, "-W", "ignore", __file__, "--rows", str(rows), "--alone", what, "--compute", compute]
-    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [*command, *options], env={**os.environ, **environment}, capture_output=True, text=True, check=True
+    )
     return done.stdout.splitlines()[-1]
 
 
-def peak_memory(who: str, compute: str, tokens: np.ndarray) -> None:
+def peak_memory(who: str, compute: str, tokens: np.ndarray, recompute: str | None) -> None:
     """Print this process's peak resident bytes after two steps of `who`."""
     config = shape(compute)
     if who == "ours":
-        step, _ = ours(config, tokens)
+        step, _ = ours(replace(config, recompute=RECOMPUTED[recompute]) if recompute else config, tokens)
     else:
         as_shipped()
         folder = Path(os.environ["BENCH_FOLDER"])
@@ -271,12 +316,18 @@ def peak_memory(who: str, compute: str, tokens: np.ndarray) -> None:
     print(int(peak[1]) * 1024)
 
 
-def memory(compute: str, rows: int, folder: Path) -> dict[str, object]:
-    peaks = [int(process(what, compute, rows, BENCH_FOLDER=str(folder))) for what in MEMORY_OF]
-    ratio = peaks[0] / peaks[1]
-    print(f"{compute}: peak memory {peaks[0] / 1e9:.2f} GB, transformers {peaks[1] / 1e9:.2f} GB, ratio {ratio:.2f}")
-    name = "step_rss_vs_transformers" if compute == "fp32" else "step_rss_bf16_vs_transformers"
-    return entry(name, peaks[0], peaks[1], ratio, "bytes")
+def memory(compute: str, rows: int, folder: Path) -> list[dict[str, object]]:
+    """The names' last: beside transformers, and in fp32 of what is recomputed."""
+    own, other = (int(process(what, compute, rows, BENCH_FOLDER=str(folder))) for what in MEMORY_OF)
+    pairs = [(own, other)]
+    if compute == "fp32":
+        policies = (process(next(iter(MEMORY_OF)), compute, rows, "--recompute", policy) for policy in RECOMPUTED)
+        pairs += [(int(peak), own) for peak in policies]
+    entries = []
+    for name, (peak, beside) in zip(names(compute)[-len(pairs) :], pairs, strict=True):
+        print(f"{name}: peak memory {peak / 1e9:.2f} GB beside {beside / 1e9:.2f}, ratio {peak / beside:.2f}")
+        entries.append(entry(name, peak, beside, peak / beside, "bytes"))
+    return entries
 
 
 def entry(name: str, ours: float, rival: float, ratio: float, unit: str) -> dict[str, object]:
@@ -290,26 +341,23 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--alone", choices=("speed", *MEMORY_OF), help=argparse.SUPPRESS)  # what `process` is for
-    parser.add_argument("--keep-freed", action="store_true", help="rivals too run with an allocator that keeps memory")
+    parser.add_argument("--recompute", choices=tuple(RECOMPUTED), help=argparse.SUPPRESS)  # the same
     parser.add_argument("--compute", choices=("fp32", "bf16"), help="only this one")
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    torch.set_num_threads(os.cpu_count() or 1)
-    store = dist.HashStore()
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    meshes.start(rules.mesh_of(shape("fp32"), 1))
-    tokens = np.random.default_rng(0).integers(0, shape("fp32").model.vocab_size, (arguments.rows, SEQ_LEN))
+    tokens = alone(arguments.rows)
     if arguments.alone == "speed":
         return own_speed(arguments.compute, tokens)
     if arguments.alone:
-        return peak_memory(MEMORY_OF[arguments.alone], arguments.compute, tokens)
-    computes = [arguments.compute] if arguments.compute else ["fp32"] if emulates_bf16() else ["fp32", "bf16"]
+        return peak_memory(MEMORY_OF[arguments.alone], arguments.compute, tokens, arguments.recompute)
+    why = "" if arguments.compute else why_not_bf16()
+    computes = [arguments.compute] if arguments.compute else ["fp32"] if why else ["fp32", "bf16"]
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, "
           f"megatron-core {version('megatron-core')}, {torch.get_num_threads()} threads, "
           f"{arguments.rows} x {SEQ_LEN} tokens, {time.strftime('%Y-%m-%d')}")  # fmt: skip
-    how = arguments.rounds, arguments.keep_freed
-    results = [entry for compute in computes for entry in measure(compute, tokens, *how)]
+    results = [entry for compute in computes for entry in measure(compute, tokens, arguments.rounds)]
+    results += [{"name": name, "not_measured": why} for name in names("bf16") if why]
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=2))
 
