@@ -1,6 +1,6 @@
 """Tokens a second of two processes that reduce gradients and gather weights beside computation, or after it.
 
-    .venv/bin/python tests/bench/overlap.py [--rounds 4] [--json FILE]
+    .venv/bin/python tests/bench/overlap.py [--rounds 3] [--json FILE]
 
 Two gloo processes of one thread each, data-parallel, train `proxy_100m`'s shape in fp32 without MTP and balance loss,
 512 tokens each a step. Three such runs share the processes, with the same weights and tokens: without overlap, with
@@ -115,7 +115,7 @@ def entries(found: dict[str, list[tuple[float, float]]]) -> list[dict[str, objec
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, help="write the ratios there")
     options = parser.parse_args()
     with Workers(WORLD, timeout_s=600.0) as workers:
