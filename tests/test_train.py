@@ -18,7 +18,7 @@ import pytest
 import torch
 
 TIMED = {"tokens_per_s", "mfu", "data_wait_s", "memory"}  # the only figures that may differ between equal runs
-STEPS = 24
+STEPS = 16
 
 
 @pytest.fixture(scope="module")
@@ -109,11 +109,11 @@ def test_killed_stopped_and_resumed_equals_uninterrupted_bitwise(packed: Path, t
     assert "our modules in Megatron-core's local spec" in said and "tensorboard" in said
 
     killed = start(packed, parts)
-    once_at(parts, 6, lambda: os.kill(ranks(killed.pid)[1], signal.SIGKILL))
+    once_at(parts, 5, lambda: os.kill(ranks(killed.pid)[1], signal.SIGKILL))
     assert "rank 1 was killed by SIGKILL" in finish(killed, 1)
 
     stopped = start(packed, parts)
-    once_at(parts, 13, stopped.terminate)
+    once_at(parts, 9, stopped.terminate)
     assert "the same command continues from" in finish(stopped, 75)
     at = metrics(parts)[-1]["step"]
     assert (parts / "checkpoints" / "latest").read_text().strip() == f"step_{at:08d}"
@@ -142,7 +142,7 @@ def _check_record(run: Path) -> None:
     assert all(set(keys.split()) <= entry.keys() for entry in entries)
     assert entries[-1]["tokens"] == STEPS * 8 * 64
     assert entries[-1]["loss"] < entries[0]["loss"] - 0.3
-    assert [entry["step"] for entry in entries if "valid_bpb" in entry] == [8, 16, 24]
+    assert [entry["step"] for entry in entries if "valid_bpb" in entry] == [8, 16]
     assert 1.0 < entries[-1]["valid_bpb"] < 8.0
     loads = [json.loads(line) for line in (run / "expert_load.jsonl").read_text().splitlines()]
     assert all(sum(layer) == 8 * 64 * 4 for layer in loads[-1]["load"]) and len(loads[-1]["load"]) == 3
@@ -188,13 +188,14 @@ def test_a_poisoned_step_changes_nothing_and_enough_of_them_stop_the_run(packed:
 
 def test_profile_and_weights_of_another_run(packed: Path, tmp_path: Path, perilune: Any) -> None:
     words = ["train", "tiny", f"data.path={packed}", "optim.lr=0.01", "schedule.lr=constant"]
-    said = perilune(*words, "train.steps=12", "--run", "first", "--profile")
+    said = perilune(*words, "train.steps=12", "--run", "first")
     assert said.returncode == 0, said.stdout + said.stderr
-    with gzip.open(tmp_path / "first" / "profile" / "rank_0.json.gz") as file:
+
+    few = ["train.global_batch_size=2", "train.steps=4", "--profile"]  # a trace of many operations is long in writing
+    said = perilune(*words, *few, "--run", "second", "--init-from", "first/checkpoints/step_00000012")
+    assert said.returncode == 0, said.stdout + said.stderr
+    with gzip.open(tmp_path / "second" / "profile" / "rank_0.json.gz") as file:
         events = json.load(file)["traceEvents"]
     assert any("_Routed" in event.get("name", "") for event in events)  # the experts' operation
-
-    said = perilune(*words, "train.steps=1", "--run", "second", "--init-from", "first/checkpoints/step_00000012")
-    assert said.returncode == 0, said.stdout + said.stderr
     first, second = metrics(tmp_path / "first"), metrics(tmp_path / "second")
-    assert second[0]["loss"] < first[0]["loss"] - 0.5  # the same rows, seen by trained weights
+    assert second[0]["loss"] < first[0]["loss"] - 0.5  # two of the same rows, seen by trained weights
