@@ -50,7 +50,7 @@ def start(packed: Path, run: Path, *more: str) -> subprocess.Popen[str]:
 
 
 def finish(process: subprocess.Popen[str], code: int = 0) -> str:
-    out, _ = process.communicate(timeout=120)
+    out, _ = process.communicate(timeout=240)
     assert process.returncode == code, out
     return out
 
@@ -188,11 +188,11 @@ def test_a_poisoned_step_changes_nothing_and_enough_of_them_stop_the_run(packed:
 
 def test_profile_and_weights_of_another_run(packed: Path, tmp_path: Path, perilune: Any) -> None:
     words = ["train", "tiny", f"data.path={packed}", "optim.lr=0.01", "schedule.lr=constant"]
-    said = perilune(*words, "train.steps=12", "--run", "first")
+    said = perilune(*words, "train.steps=8", "--run", "first")
     assert said.returncode == 0, said.stdout + said.stderr
 
     few = ["train.global_batch_size=2", "train.steps=4", "--profile"]  # a trace of many operations is long in writing
-    said = perilune(*words, *few, "--run", "second", "--init-from", "first/checkpoints/step_00000012")
+    said = perilune(*words, *few, "--run", "second", "--init-from", "first/checkpoints/step_00000008")
     assert said.returncode == 0, said.stdout + said.stderr
     with gzip.open(tmp_path / "second" / "profile" / "rank_0.json.gz") as file:
         events = json.load(file)["traceEvents"]

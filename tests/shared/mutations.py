@@ -127,8 +127,8 @@ def _positions(patch: Patch, wrong: Callable[[Any], torch.Tensor]) -> None:
 def attention_leaks(patch: Patch) -> None:
     """Attention sees the documents before."""
 
-    def wrong(q: Any, k: Any, v: Any, bounds: torch.Tensor, longest: int, scale: float) -> torch.Tensor:
-        return varlen_attention(q, k, v, bounds[[0, -1]], int(bounds[-1]), scale)
+    def wrong(q: Any, k: Any, v: Any, bounds: torch.Tensor, longest: int, *rest: Any) -> torch.Tensor:
+        return varlen_attention(q, k, v, bounds[[0, -1]], int(bounds[-1]), *rest)
 
     patch.setattr(attention, "varlen_attention", wrong)
 
@@ -136,8 +136,8 @@ def attention_leaks(patch: Patch) -> None:
 def attention_leaks_over_cuts(patch: Patch) -> None:
     """Context parallelism: a rank's part of a document sees the documents before."""
 
-    def wrong(q: Any, k: Any, v: Any, pieces: Pieces, scale: float) -> torch.Tensor:
-        return piecewise_attention(q, k, v, replace(pieces, keys=tuple((0, end) for _, end in pieces.keys)), scale)
+    def wrong(q: Any, k: Any, v: Any, pieces: Pieces, *rest: Any) -> torch.Tensor:
+        return piecewise_attention(q, k, v, replace(pieces, keys=tuple((0, end) for _, end in pieces.keys)), *rest)
 
     patch.setattr(attention, "piecewise_attention", wrong)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import megatron.core.parallel_state
 import rope_like_triton
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from megatron.core.transformer import multi_latent_attention
 from played_gpu import WrongPlace
 
+from perilune.kernels import experts
 from perilune.parallel import mesh as meshes
 from perilune.pretrain.evaluate import likelihood
 from perilune.pretrain.evaluate.generate import generate
@@ -24,18 +26,19 @@ from perilune.pretrain.schema import Config, Kernels
 
 
 def trained_with(kernels: Kernels, config: Config, *rest: Any) -> probe.Trained:
-    """`probe.train` with these kernels; in the place of Triton's stand rope_like_triton.py's."""
-    names = ("fused_apply_mla_rope_for_q", "fused_apply_mla_rope_for_kv")
-    own = [getattr(multi_latent_attention, name) for name in names]
-    for name, ours in zip(names, (rope_like_triton.queries, rope_like_triton.keys_and_values), strict=True):
-        setattr(multi_latent_attention, name, ours)
+    """`probe.train` with these kernels, which must be what computes; in the place of Triton's stand
+    rope_like_triton.py's.
+    """
+    queries, keys = rope_like_triton.queries, rope_like_triton.keys_and_values
     rope_like_triton.calls.clear()
-    try:
+    with (
+        patch.object(multi_latent_attention, "fused_apply_mla_rope_for_q", queries),
+        patch.object(multi_latent_attention, "fused_apply_mla_rope_for_kv", keys),
+        patch.object(experts, "_compiled", wraps=experts._compiled) as compiled,
+    ):
         found = probe.train(replace(config, kernels=kernels), *rest)
-    finally:
-        for name, theirs in zip(names, own, strict=True):
-            setattr(multi_latent_attention, name, theirs)
     assert bool(rope_like_triton.calls) == (kernels.rope == "triton")
+    assert compiled.called == (kernels.swiglu == "compiled")
     return found
 
 
