@@ -6,10 +6,6 @@ SHELL := bash
 
 PYTHON ?= python3.12
 BIN := .venv/bin
-# Groups of tests side by side (tests/conftest.py): one alone leaves a third of two cores idle. JOBS=0: none.
-JOBS ?= 2
-# Nothing beside these: they wait for heartbeats of seconds, and start clusters.
-ALONE := tests/launch tests/scaling
 PACKAGES := pretrain parallel moe vision kernels launch
 # One thread a process: tests start several processes, and idle OpenMP threads that spin would slow all of them.
 # Safe path: without it `python -m` puts this folder on sys.path, where `kernels` would hide the PyPI package of that name.
@@ -36,10 +32,7 @@ demo-vlm: install
 	$(BIN)/perilune demo --vlm
 
 test: lint tools
-	code=0; \
-	$(BIN)/python -m pytest -q -n $(JOBS) $(addprefix --ignore=,$(ALONE)) || code=$$?; \
-	$(BIN)/python -m pytest -q $(ALONE) || code=$$?; \
-	exit $$code
+	$(BIN)/python -m pytest -q
 
 bench: install
 	$(BIN)/python tests/bench/run.py

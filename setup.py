@@ -60,7 +60,6 @@ setup(
             "transformers>=5.23,<6",
             "pytest>=8",
             "pytest-timeout",
-            "pytest-xdist",
             "hypothesis",
             "ruff",
             "mypy",

@@ -7,14 +7,11 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import settings
 
 from perilune.parallel.workers import Workers
-
-TESTS = Path(__file__).parent
 
 # Before torch is imported anywhere: processes started by tests share the cores, and inherit both.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -28,7 +25,7 @@ settings.load_profile("perilune")
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests in tests/gpu are skipped, visibly, where there is no GPU."""
-    on_gpu = [item for item in items if "gpu" in item.path.relative_to(TESTS).parts[:-1]]
+    on_gpu = [item for item in items if "gpu" in item.path.relative_to(Path(__file__).parent).parts[:-1]]
     if not on_gpu:
         return
     import torch
@@ -36,25 +33,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in on_gpu:
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
-
-
-# Where `pytest -n` runs tests side by side, these stay in one process, for they share the pool of `workers`; of others
-# each folder, and each file of this one, does.
-RANKS = ("evaluate", "moe", "optim", "parallel", "plan", "vision", "test_carry_over.py", "test_checkpoint.py",
-         "test_saver.py")  # fmt: skip
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Not by marks: pytest 9.2 does not tell pytest-xdist 3.8 of them."""
-    from xdist.scheduler import LoadScopeScheduling
-
-    class Groups(LoadScopeScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            first = nodeid.partition("::")[0].removeprefix("tests/").partition("/")[0]
-            return "ranks" if first in RANKS else first
-
-    return Groups(config, log)
 
 
 Perilune = Callable[..., "subprocess.CompletedProcess[str]"]
