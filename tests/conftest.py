@@ -42,7 +42,7 @@ Perilune = Callable[..., "subprocess.CompletedProcess[str]"]
 def perilune(tmp_path: Path) -> Perilune:
     """`perilune("train", "tiny")`: the command in a process of its own, with its output, in an empty folder."""
 
-    def run(*words: str, timeout: float = 240.0, **variables: str) -> subprocess.CompletedProcess[str]:
+    def run(*words: str, timeout: float = 120.0, **variables: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [str(Path(sys.executable).with_name("perilune")), *words],
             cwd=tmp_path,

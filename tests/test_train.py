@@ -50,7 +50,7 @@ def start(packed: Path, run: Path, *more: str) -> subprocess.Popen[str]:
 
 
 def finish(process: subprocess.Popen[str], code: int = 0) -> str:
-    out, _ = process.communicate(timeout=240)
+    out, _ = process.communicate(timeout=120)
     assert process.returncode == code, out
     return out
 

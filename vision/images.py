@@ -126,7 +126,7 @@ def _orientation(image: Image.Image) -> int:
             if tag == _ORIENTATION:
                 (value,) = struct.unpack_from(order + ("I" if kind == 4 else "H"), block, place + 8)  # LONG or SHORT
                 return value if value in _TURNS else 1
-    except struct.error:
+    except struct.error:  # cut off: it says nothing
         pass
     return 1
 

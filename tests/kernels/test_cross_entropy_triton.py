@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from triton_script import run
 
 pytest.importorskip("triton", reason="Triton comes with torch for CUDA alone")
 
@@ -70,19 +67,6 @@ for logits in ("fp32", "bf16", "fp16"):
         found[f"{kernel.__name__} {logits}"] = [made.asm["cubin"][:4].hex(), ".target sm_90" in made.asm["ptx"]]
 print(json.dumps(found))
 """
-
-
-def run(script: str, folder: Path, **variables: str) -> dict[str, list[float]]:
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        env={**os.environ, "TRITON_CACHE_DIR": str(folder), **variables},
-        capture_output=True,
-        text=True,
-        timeout=150,
-    )
-    assert done.returncode == 0, done.stderr
-    found: dict[str, list[float]] = json.loads(done.stdout)
-    return found
 
 
 def test_interpreted_they_equal_pytorch_in_values_and_gradients(tmp_path: Path) -> None:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from triton_script import run
 
 pytest.importorskip("triton", reason="Triton comes with torch for CUDA alone")
 
@@ -108,19 +105,6 @@ for name in ("rotary_fwd_q_kernel", "rotary_bwd_q_kernel", "rotary_fwd_kv_kernel
     found[name] = [made.asm["cubin"][:4].hex(), ".target sm_90" in made.asm["ptx"]]
 print(json.dumps(found))
 """
-
-
-def run(script: str, folder: Path, **variables: str) -> dict[str, list[float]]:
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(Path(__file__).parents[1] / "shared")],
-        env={**os.environ, "TRITON_CACHE_DIR": str(folder), **variables},
-        capture_output=True,
-        text=True,
-        timeout=150,
-    )
-    assert done.returncode == 0, done.stderr
-    found: dict[str, list[float]] = json.loads(done.stdout)
-    return found
 
 
 def test_interpreted_it_turns_each_token_by_its_place_in_its_document(tmp_path: Path) -> None:
