@@ -1,16 +1,13 @@
-"""The processes of one attempt on this machine, under torchrun's elastic agent used as a library.
+"""The processes of one attempt on this machine: started, waited for, and ended together.
 
-    python -m perilune.launch.agent     its order, one JSON object, comes by stdin once torch is imported
+    python -m perilune.launch.agent     its order, one JSON object, comes by stdin
 
-It ends as its ranks did: exit code 0, 75, 2 or another, or by the signal that killed the first of them. What is not as
-under `torchrun`, and why:
+It ends as its ranks did: exit code 0, 75, 2 or another, or by the signal that killed the first of them. It imports no
+torch, which would double the time until a rank's first line. So it cannot serve the store by which the ranks find one
+another: it opens the port, on loopback alone, and rank 0 serves it (`parallel/store.py`). No port is free when it is
+looked for and taken when it is used.
 
-- Its store listens on loopback alone: the agent's own rendezvous listens on every interface. The ranks use this store,
-  so that no port is free when it is looked for and taken when it is used.
-- SIGTERM is passed on, and the agent goes on waiting: its own handler ends every rank by SIGKILL after 30 s, be it in
-  the middle of writing a checkpoint.
-- A rank starts by `launch/child.py`, without which it outlives a killed agent; and its log is appended to, where the
-  agent would begin it anew at each attempt.
+A rank starts by `launch/child.py`, without which it would outlive a killed agent.
 """
 
 from __future__ import annotations
@@ -20,77 +17,109 @@ import os
 import resource
 import signal
 import socket
+import subprocess
 import sys
+import time
 from contextlib import suppress
-from datetime import timedelta
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from torch.distributed import TCPStore
-from torch.distributed.elastic.agent.server.api import RunResult, WorkerSpec
-from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs
-from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo, RendezvousStoreInfo
 
 from perilune.launch.job import PREEMPTED
 
 LOOPBACK = "127.0.0.1"
+_LOOK_S = 0.05  # between two looks at the ranks
+_END_S = 30.0  # for the others to end by themselves once one has failed
+_AT_ONCE_S = 1.0  # a rank that is killed makes others fail within this
 
 
-class _OneNode(RendezvousHandler):
-    """A rendezvous of one: no other node is waited for, and none can come."""
+@dataclass(frozen=True)
+class _End:
+    """How a rank ended that did not end well."""
 
-    def __init__(self, run_id: str) -> None:
-        self._run_id = run_id
-        self._listening = socket.create_server((LOOPBACK, 0), backlog=4096)
-        port = self._listening.getsockname()[1]
-        self._store = TCPStore(
-            LOOPBACK,
-            port,
-            is_master=True,
-            wait_for_workers=False,
-            timeout=timedelta(seconds=600),
-            master_listen_fd=self._listening.fileno(),
-        )
-        self._listening.detach()  # the store's now
-        self._at = RendezvousStoreInfo(LOOPBACK, port)
-
-    def get_backend(self) -> str:
-        return "perilune-one-node"
-
-    @property
-    def use_agent_store(self) -> bool:
-        return True
-
-    def next_rendezvous(self) -> RendezvousInfo:
-        return RendezvousInfo(self._store, 0, 1, self._at)
-
-    def is_closed(self) -> bool:
-        return False
-
-    def set_closed(self) -> None:
-        pass
-
-    def num_nodes_waiting(self) -> int:
-        return 0
-
-    def get_run_id(self) -> str:
-        return self._run_id
-
-    def shutdown(self) -> bool:
-        return True
+    rank: int
+    code: int  # -N: signal N
+    at: float  # monotonic seconds
 
 
-class _LogsElsewhere(LogsSpecs):
-    """`launch/child.py` opens the logs, to append to them."""
+class _Ranks:
+    """The processes, from their start on."""
 
-    def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
-        nowhere = {rank: "" for rank in envs}
-        return LogsDest(dict(nowhere), dict(nowhere), {}, {}, dict.fromkeys(envs, os.devnull))
+    def __init__(self) -> None:
+        self.running: dict[int, subprocess.Popen[bytes]] = {}
+        self.failed: list[_End] = []  # in the order in which they ended
+        self._asked = False
 
-    @property
-    def root_log_dir(self) -> str:
-        return os.devnull
+    def start(self, order: dict[str, Any]) -> None:
+        """All of them."""
+        child = str(Path(__file__).with_name("child.py"))
+        count = order["nproc"]
+        with socket.create_server((LOOPBACK, 0), backlog=4096) as listening:
+            port = listening.getsockname()[1]
+            common = {
+                **os.environ,
+                "WORLD_SIZE": str(count),
+                "LOCAL_WORLD_SIZE": str(count),
+                "MASTER_ADDR": LOOPBACK,
+                "MASTER_PORT": str(port),
+                "TORCHELASTIC_USE_AGENT_STORE": "True",  # every rank joins the store, and begins none by itself
+                "TORCHELASTIC_RESTART_COUNT": "0",
+            }
+            for rank in range(count):
+                own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                own |= {"PERILUNE_STORE_FD": str(listening.fileno())} if rank == 0 else {}
+                log = str(Path(order["logs"]) / f"rank_{rank}.log")
+                self.running[rank] = subprocess.Popen(
+                    [sys.executable, "-S", "-P", child, str(os.getpid()), order["stdout"], log, *order["command"]],
+                    env=common | own,
+                    pass_fds=(listening.fileno(),) if rank == 0 else (),
+                )
+
+    def wait(self) -> None:
+        """Until all have ended, those that outlive a failed one for too long by SIGKILL."""
+        while self._look():
+            if self.failed:
+                self._end_others()
+                return
+            time.sleep(_LOOK_S)
+
+    def ask(self) -> None:
+        """All that still run to end with a checkpoint, once."""
+        if not self._asked:
+            self._asked = True
+            self._send(signal.SIGTERM)
+
+    def first(self) -> int:
+        """The rank whose end ended the others; -1 if all ended well."""
+
+        def order(end: _End) -> tuple[bool, int, int]:
+            # A rank that is asked to end because another has failed dies of SIGTERM, or ends as if preempted; one that
+            # is killed makes others fail at once.
+            surest = {PREEMPTED: 2, -signal.SIGTERM: 3}.get(end.code, 0 if end.code < 0 else 1)
+            return end.at > self.failed[0].at + _AT_ONCE_S, surest, end.rank
+
+        return min(self.failed, key=order).rank if self.failed else -1
+
+    def _look(self) -> bool:
+        """Whether any still runs; those that do not are taken note of."""
+        for rank, process in list(self.running.items()):
+            if (code := process.poll()) is not None:
+                del self.running[rank]
+                if code:
+                    self.failed.append(_End(rank, code, time.monotonic()))
+        return bool(self.running)
+
+    def _end_others(self) -> None:
+        self.ask()
+        until = time.monotonic() + _END_S
+        while self._look():
+            if time.monotonic() > until:
+                self._send(signal.SIGKILL)
+            time.sleep(_LOOK_S)
+
+    def _send(self, number: int) -> None:
+        for process in list(self.running.values()):
+            process.send_signal(number)
 
 
 def main() -> int:
@@ -102,63 +131,18 @@ def main() -> int:
     _quiet(Path(order["log"]))
     os.environ.update(order["env"])
     os.chdir(order["folder"])
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGUSR2"  # not SIGTERM, see above; none at all cannot be said
-    child = str(Path(__file__).with_name("child.py"))
-    # One argument list for all ranks, in which the agent replaces ${local_rank}, and $$ by $.
-    logs = Path(order["logs"])
-    words = [str(os.getpid()), order["stdout"], str(logs / "rank_@.log"), *order["command"]]
-    words = [word.replace("$", "$$") for word in words]
-    words[2] = words[2].replace("rank_@.log", "rank_${local_rank}.log")
-    spec = WorkerSpec(
-        role="perilune",
-        local_world_size=order["nproc"],
-        entrypoint=sys.executable,
-        args=("-S", "-P", child, *words),
-        rdzv_handler=_OneNode(order["name"]),
-        max_restarts=0,  # launch/supervise.py restarts: it knows why an attempt ended
-        monitor_interval=0.1,
-        local_addr=LOOPBACK,
-    )
-    agent = LocalElasticAgent(spec, _LogsElsewhere())
-    signal.signal(signal.SIGTERM, lambda number, frame: _pass_on(agent))
-    result = agent.run()
-    exits = {rank: failure.exitcode for rank, failure in result.failures.items()}
+    ranks = _Ranks()
+    # Until all are started they wait for nothing, and have done nothing: the kernel ends them with this process.
+    signal.signal(signal.SIGTERM, lambda number, frame: end(-signal.SIGTERM))
+    ranks.start(order)
+    signal.signal(signal.SIGTERM, lambda number, frame: ranks.ask())
+    ranks.wait()
+    exits = {failed.rank: failed.code for failed in ranks.failed}
     file = Path(order["exits"])
     with suppress(OSError):  # on a full disk: how they ended is told by the exit code all the same
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps({"first": _first(result), "exits": exits}) + "\n")
-    return 0 if not exits else exits[_first(result)]
-
-
-def _first(result: RunResult) -> int:
-    """The rank whose end ended the others; -1 if all ended well."""
-
-    def order(rank: int) -> tuple[int, int, int]:
-        failure = result.failures[rank]
-        code = failure.exitcode
-        # A rank that is asked to end because another has failed dies of SIGTERM, or ends as if preempted; one that is
-        # killed makes others fail within the second.
-        surest = 0 if code < 0 and code != -signal.SIGTERM else 2 if code == PREEMPTED else 3 if code < 0 else 1
-        return failure.timestamp, surest, rank
-
-    return min(result.failures, key=order, default=-1)
-
-
-def _pass_on(agent: LocalElasticAgent) -> None:
-    """Ask every rank that still runs to end with a checkpoint."""
-    if all(worker.id is None for worker in agent.get_worker_group().workers):
-        end(-signal.SIGTERM)  # they are just being started, and have done nothing: the kernel ends them
-    for worker in agent.get_worker_group().workers:
-        pid = worker.id
-        if isinstance(pid, int) and _is_child(pid):
-            os.kill(pid, signal.SIGTERM)
-
-
-def _is_child(pid: int) -> bool:
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]) == os.getpid()
-    except (OSError, IndexError, ValueError):
-        return not sys.platform.startswith("linux")
+        file.write_text(json.dumps({"first": ranks.first(), "exits": exits}) + "\n")
+    return 0 if not exits else exits[ranks.first()]
 
 
 def _quiet(log: Path) -> None:
@@ -180,7 +164,7 @@ def end(code: int) -> Any:
         if -code != signal.SIGKILL:
             signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
-    os._exit(code)  # not through the store's and the agent's destructors, which have nothing left to do
+    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -110,8 +110,9 @@ def start(mesh: Mesh, timeout_s: float = 600.0) -> None:
     import torch
     import torch.distributed as dist
 
-    from perilune.parallel import cpu
+    from perilune.parallel import cpu, store
 
+    store.serve()  # others may wait for it already
     cpu.install()
     from megatron.core import parallel_state
 

@@ -22,6 +22,7 @@ from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from perilune.parallel import store as rendezvous
 from perilune.pretrain.doctor_node import (
     device_of,
     disk_rate,
@@ -121,9 +122,10 @@ def _place() -> tuple[int, int]:
 
 
 def _store(rank: int, world: int, within: float) -> Store:
-    """The store of torchrun's agent, or one of our own, served by rank 0."""
+    """The store of whoever launched, or one of our own, served by rank 0."""
     from torch.distributed import PrefixStore, TCPStore
 
+    rendezvous.serve(within)
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     limit = timedelta(seconds=within)
     serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"

@@ -153,12 +153,13 @@ def launch_slurm(**options: Any) -> int:
     more |= {"program": ("perilune",)} if options["image"] else {}
     try:
         sweep = slurm_script.parse_sweep(options["sweep"])
+        swept = _swept(given, sweep)
         job = job_of(
             given,
             nodes=options["nodes"],
             procs_per_node=options["procs_per_node"] or gpus or 1,
             options=options,
-            swept=_swept(given, sweep),
+            swept=swept,
             time_s=slurm_script.seconds(options["time_limit"]),
             **more,
         )
@@ -174,15 +175,13 @@ def launch_slurm(**options: Any) -> int:
             site=slurm_script.Site.read(options["site"]) if options["site"] else slurm_script.Site(),
         )
         file = (options["script"] or Papers(job.run_dir).folder / "job.sh").resolve()
+        if config is not None and not options["image"]:
+            _check_data_if_seen(swept or [config], remote=not options["dry_run"])
         if options["dry_run"]:
-            if config is not None and not options["image"]:
-                here.check_data_if_seen(config, remote=False)
             print(
                 slurm.record(job, placement, file, []) if options["as_json"] else slurm.describe(job, placement, file)
             )
             return 0
-        if config is not None and not options["image"]:
-            here.check_data_if_seen(config)
         numbers = slurm.submit(job, placement, file)
     except JobError as error:
         raise told(error) from error
@@ -196,11 +195,20 @@ def launch_slurm(**options: Any) -> int:
 def _swept(given: Asked, sweep: tuple[tuple[str, tuple[str, ...]], ...]) -> list[Config]:
     """The configuration of each run. Raises InputError, JobError."""
     from perilune.launch import slurm_script
+    from perilune.pretrain import train_command as here
 
     if sweep and given.config is None:
         raise InputError("--sweep adds key=value to `train`; another command takes none")
     found = [asked((*given.arguments, *words)).config for _, words in slurm_script.tasks_of(sweep)]
-    return [config for config in found if config is not None]
+    return [here.ready(config) for config in found if config is not None]
+
+
+def _check_data_if_seen(runs: Sequence[Config], *, remote: bool) -> None:
+    """Of each run, those that several share once. Raises InputError."""
+    from perilune.pretrain import train_command as here
+
+    for config in {repr((config.data, config.valid)): config for config in runs}.values():
+        here.check_data_if_seen(config, remote=remote)
 
 
 def launch_ray(**options: Any) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from perilune.pretrain.step import StepResult
+from perilune.pretrain.step import StepResult, Validation
 
 
 def cut_back(file: Path, step: int) -> None:
@@ -36,6 +36,15 @@ def cut_back(file: Path, step: int) -> None:
     os.replace(partial, file)
 
 
+def _last(file: Path, key: str) -> Any:
+    """Of the lines of `file` that have `key`, the last one's."""
+    found = None
+    if file.exists():
+        for line in file.read_text(encoding="utf-8").splitlines():
+            found = json.loads(line).get(key, found)
+    return found
+
+
 def _plain(value: Any) -> Any:
     """NaN and infinity have no JSON: null."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
@@ -47,13 +56,15 @@ class RunLog:
     def __init__(self, run_dir: Path, *, step: int, total_steps: int, log_every: int, writes: bool) -> None:
         self.writes = writes
         self.log_every = max(1, log_every)
-        self._validated: dict[str, float] = {}
+        self._validated: dict[str, float | str] = {}
+        self._valid_data: str | None = None  # the fingerprint of what was validated on before
         if not writes:
             return
         from torch.utils.tensorboard import SummaryWriter
 
         for name in ("metrics.jsonl", "expert_load.jsonl"):
             cut_back(run_dir / name, step)
+        self._valid_data = _last(run_dir / "metrics.jsonl", "valid_data")
         self._metrics = (run_dir / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
         self._load = (run_dir / "expert_load.jsonl").open("a", encoding="utf-8", buffering=1)
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
@@ -95,11 +106,17 @@ class RunLog:
                 load = [[int(count) for count in layer] for layer in result.load_LE.tolist()]
                 self._load.write(json.dumps({"step": step, "load": load}) + "\n")
 
-    def validated(self, loss: float, bits_per_byte: float, contrastive_loss: float | None = None) -> None:
-        """A validation to stand with the next recorded step."""
-        self._validated = {"valid_loss": loss, "valid_bpb": bits_per_byte}
-        if contrastive_loss is not None:
-            self._validated["valid_contrastive_loss"] = contrastive_loss
+    def validated(self, found: Validation, fingerprint: str) -> None:
+        """A validation to stand with the next recorded step, on the dataset of that fingerprint."""
+        self._validated = {"valid_loss": found.loss, "valid_bpb": found.bits_per_byte, "valid_data": fingerprint}
+        if found.contrastive_loss is not None:
+            self._validated["valid_contrastive_loss"] = found.contrastive_loss
+        if self._valid_data not in (None, fingerprint):
+            self.say(
+                f"  the validation set was replaced (fingerprint {fingerprint}, before {self._valid_data}): what is "
+                "measured on it from here on cannot be compared with what was before"
+            )
+        self._valid_data = fingerprint
 
     def say(self, text: str) -> None:
         """A line for the person who watches."""

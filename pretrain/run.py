@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import torch.distributed as dist
@@ -16,7 +16,7 @@ from perilune.pretrain.checkpoint_saver import Saver
 from perilune.pretrain.data.batch import PackedBatch
 from perilune.pretrain.data.dealing import cost_model
 from perilune.pretrain.data.quarantine import over_all_ranks
-from perilune.pretrain.data.stream import DataState, Stream, open_stream, remote_of, valid_batches
+from perilune.pretrain.data.stream import DataState, Stream, open_dataset, open_stream, remote_of, valid_batches
 from perilune.pretrain.errors import Preempted
 from perilune.pretrain.meter import Meter
 from perilune.pretrain.metrics import RunLog
@@ -146,20 +146,19 @@ def _all_rows(batches: list[PackedBatch]) -> str:
     return ", ".join(name for part in parts for name in part)
 
 
-def _validate(config: Config, net: model.Model, stream: Stream, dp: int) -> Validation:
-    """The losses on the validation set."""
-    batches = valid_batches(
-        str(config.valid.path),
-        dp_rank=parallel_state.get_data_parallel_rank(),
-        dp_size=dp,
-        micro_batch_size=config.train.micro_batch_size,
-        depth=config.model.num_nextn_predict_layers,
-        document_mask=config.data.document_mask,
-        seq_len=config.data.seq_len,
-        max_rows=config.valid.steps * config.train.global_batch_size,
-        vocab_size=config.model.vocab_size,
-        vision=config.vision,
-        tokenizer_fingerprint=stream.tokenizer_fingerprint,
-        remote=remote_of(config.data),
-    )
-    return evaluate(net, batches, next_token)
+def _validate(config: Config, net: model.Model, stream: Stream, dp: int) -> tuple[Validation, str]:
+    """The losses on the validation set, and its fingerprint."""
+    dataset = open_dataset(str(config.valid.path), config.data.seq_len, config.model.vocab_size, remote_of(config.data),
+                           config.vision, tokenizer_fingerprint=stream.tokenizer_fingerprint)  # fmt: skip
+    with closing(dataset):
+        batches = valid_batches(
+            dataset,
+            dp_rank=parallel_state.get_data_parallel_rank(),
+            dp_size=dp,
+            micro_batch_size=config.train.micro_batch_size,
+            depth=config.model.num_nextn_predict_layers,
+            document_mask=config.data.document_mask,
+            max_rows=config.valid.steps * config.train.global_batch_size,
+            vision=config.vision,
+        )
+        return evaluate(net, batches, next_token), dataset.fingerprint

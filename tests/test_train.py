@@ -166,8 +166,9 @@ def test_a_run_goes_on_where_its_data_has_moved_and_says_how_far_it_is(packed: P
     valid = f"valid.path={packed.parent / 'valid'}"
     finish(start(packed, run, "train.steps=2", valid))
     shutil.copytree(packed, moved)
-    finish(start(moved, run, "train.steps=4", valid))
+    assert "validation set was replaced" in finish(start(moved, run, "train.steps=4", f"valid.path={moved}"))
     assert [entry["step"] for entry in metrics(run)] == [1, 2, 3, 4]
+    assert metrics(run)[1]["valid_data"] != metrics(run)[3]["valid_data"]
     other = finish(start(packed.parent / "valid", run, "train.steps=6", valid), 2)
     assert "resume with the same data" in other and str(moved) in other
 

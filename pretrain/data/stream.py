@@ -389,7 +389,7 @@ def _sees(vision: schema.Vision | None) -> bool:
 
 def open_dataset(
     path: Path | str,
-    seq_len: int,
+    seq_len: int | None,
     vocab_size: int | None = None,
     remote: Remote | None = None,
     vision: schema.Vision | None = None,
@@ -398,14 +398,14 @@ def open_dataset(
     tokenizer_fingerprint: str | None = None,
 ) -> PackedDataset:
     """The dataset at `path`; InputError where its rows, its vocabulary or its patches do not fit the run, or it was
-    packed with another tokenizer than `tokenizer_fingerprint`, that of the training data (None: any)."""
+    packed with another tokenizer than `tokenizer_fingerprint`, that of the training data. None stands for any."""
     dataset = PackedDataset(path, remote, whole=whole)
     if tokenizer_fingerprint not in (None, dataset.tokenizer_fingerprint):
         raise InputError(
             f"{path}: packed with tokenizer {dataset.tokenizer_fingerprint}, the training data with "
             f"{tokenizer_fingerprint}; pack both with one"
         )
-    if dataset.seq_len != seq_len:
+    if seq_len not in (None, dataset.seq_len):
         raise InputError(
             f"{path}: packed in rows of {dataset.seq_len} tokens, but data.seq_len is {seq_len}; "
             f"set data.seq_len={dataset.seq_len}, or pack again with --seq-len {seq_len}"
@@ -427,18 +427,14 @@ def open_dataset(
 
 
 def valid_batches(
-    path: Path | str,
+    dataset: PackedDataset,
     *,
     dp_rank: int,
     dp_size: int,
     micro_batch_size: int,
     depth: int,
     document_mask: bool,
-    seq_len: int,
     max_rows: int = 0,
-    vocab_size: int | None = None,
-    tokenizer_fingerprint: str | None = None,
-    remote: Remote | None = None,
     vision: schema.Vision | None = None,
 ) -> Iterator[tuple[PackedBatch, int]]:
     """(batch, bytes of text that its counted next-token targets stand for) over a dataset, in one fixed order.
@@ -449,11 +445,10 @@ def valid_batches(
     is a target and stands for no byte; a segment's first token is predicted from nothing and is no target. Images come
     as patches where `vision` has layers.
 
-    Raises InputError as `open_dataset` does, DamageError for a row that is damaged.
+    Raises DamageError for a row that is damaged.
     """
     from perilune.pretrain.data.collate import collate
 
-    dataset = open_dataset(path, seq_len, vocab_size, remote, vision, tokenizer_fingerprint=tokenizer_fingerprint)
     count = min(max_rows, len(dataset)) if max_rows else len(dataset)
     order = permute(np.arange(count), len(dataset), "valid", dataset.fingerprint).tolist()
     blanks = -count % (dp_size * micro_batch_size)
@@ -461,16 +456,13 @@ def valid_batches(
     def read(row: int) -> tuple[Row, list[np.ndarray]]:
         return read_decoded(dataset, row) if _sees(vision) else (dataset[row], [])
 
-    try:
-        for micro in np.arange(count + blanks).reshape(-1, dp_size, micro_batch_size)[:, dp_rank].tolist():
-            rows, patches = [], []
-            for place in micro:
-                row, seen = read(order[place] if place < count else order[0])
-                patches += seen
-                rows.append(row if place < count else replace(row, loss_mask=np.zeros_like(row.loss_mask)))
-            names = [dataset.sample_id(order[place]) if place < count else "blank" for place in micro]
-            batch = collate(rows, depth, document_mask, names, patches)
-            counted = batch.labels[0].numpy()[batch.loss_mask[0].numpy() > 0]
-            yield batch, int(dataset.token_bytes[counted].sum(dtype=np.int64))
-    finally:
-        dataset.close()
+    for micro in np.arange(count + blanks).reshape(-1, dp_size, micro_batch_size)[:, dp_rank].tolist():
+        rows, patches = [], []
+        for place in micro:
+            row, seen = read(order[place] if place < count else order[0])
+            patches += seen
+            rows.append(row if place < count else replace(row, loss_mask=np.zeros_like(row.loss_mask)))
+        names = [dataset.sample_id(order[place]) if place < count else "blank" for place in micro]
+        batch = collate(rows, depth, document_mask, names, patches)
+        counted = batch.labels[0].numpy()[batch.loss_mask[0].numpy() > 0]
+        yield batch, int(dataset.token_bytes[counted].sum(dtype=np.int64))

@@ -17,9 +17,8 @@ import numpy as np
 
 from perilune.moe.backbone import Backbone
 from perilune.pretrain.data.mixture import source_of
-from perilune.pretrain.data.reader import PackedDataset
 from perilune.pretrain.data.shard import Row
-from perilune.pretrain.data.stream import valid_batches
+from perilune.pretrain.data.stream import open_dataset, valid_batches
 from perilune.pretrain.errors import InputError
 from perilune.pretrain.evaluate.likelihood import FORWARD_TOKENS, check_finite, packed_losses
 from perilune.pretrain.schema import Vision
@@ -85,7 +84,7 @@ def validate(
     `vision` is the tower of a model that has one. `progress` is told rows done and rows to do. Raises InputError for a
     dataset that is damaged or of another tokenizer or vocabulary, and where a loss is not finite.
     """
-    dataset = PackedDataset(path)
+    dataset = open_dataset(path, None, vocab_size, vision=vision, tokenizer_fingerprint=tokenizer_fingerprint)
     rows_of = {dataset.sample_id(index): index for index in range(len(dataset))}
     total = min(max_rows, len(dataset)) if max_rows else len(dataset)
     at_once = min(total, max(1, FORWARD_TOKENS // dataset.seq_len))
@@ -95,16 +94,13 @@ def validate(
     done = 0
     try:
         for batch, _ in valid_batches(
-            path,
+            dataset,
             dp_rank=0,
             dp_size=1,
             micro_batch_size=at_once,
             depth=0,
             document_mask=document_mask,
-            seq_len=dataset.seq_len,
             max_rows=total,
-            vocab_size=vocab_size,
-            tokenizer_fingerprint=tokenizer_fingerprint,
             vision=vision,
         ):
             images = images_of(batch.patches, batch.grids, batch.image_index, batch.inputs.shape[1]) if vision else None

@@ -55,7 +55,7 @@ def import_command(folder: Path, out: Path, overrides: tuple[str, ...]) -> int:
 
 
 def _first() -> bool:
-    """Whether this process does the work; it no longer belongs to torchrun's group then."""
+    """Whether this process does the work; it no longer belongs to the launched group then."""
     quiet()
-    os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # a group of our own is joined without torchrun's store
+    os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # a group of our own is joined without the launcher's store
     return os.environ.get("RANK", "0") == "0"

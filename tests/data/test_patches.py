@@ -140,10 +140,11 @@ def test_without_a_tower_nothing_is_decoded(dataset: Path, monkeypatch: pytest.M
 
 
 def test_validation_shows_images_too(dataset: Path) -> None:
-    how: dict[str, Any] = {"micro_batch_size": 2, "depth": 0, "document_mask": True, "seq_len": SEQ_LEN}
-    parts = [list(valid_batches(dataset, dp_rank=r, dp_size=2, vision=TOWER, **how)) for r in (0, 1)]
-    blind = [batch for batch, _ in valid_batches(dataset, dp_rank=0, dp_size=2, **how)]
-    assert sum(batch.patches.shape[0] for rank in parts for batch, _ in rank) >= PackedDataset(dataset).patches.sum()
+    how: dict[str, Any] = {"micro_batch_size": 2, "depth": 0, "document_mask": True}
+    opened = PackedDataset(dataset)
+    parts = [list(valid_batches(opened, dp_rank=r, dp_size=2, vision=TOWER, **how)) for r in (0, 1)]
+    blind = [batch for batch, _ in valid_batches(opened, dp_rank=0, dp_size=2, **how)]
+    assert sum(batch.patches.shape[0] for rank in parts for batch, _ in rank) >= opened.patches.sum()
     assert [b.sample_ids for b in blind] == [b.sample_ids for b, _ in parts[0]]
     assert not any(batch.patches.numel() for batch in blind)
 

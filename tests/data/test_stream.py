@@ -16,7 +16,7 @@ from perilune.pretrain import schema
 from perilune.pretrain.data.batch import PackedBatch
 from perilune.pretrain.data.pack import pack
 from perilune.pretrain.data.reader import PackedDataset
-from perilune.pretrain.data.stream import DataState, Stream, open_stream, valid_batches
+from perilune.pretrain.data.stream import DataState, Stream, open_dataset, open_stream, valid_batches
 from perilune.pretrain.errors import InputError
 
 ROWS = 24
@@ -170,8 +170,9 @@ def validate(
     path: Path, ranks: int, size: int, max_rows: int = 0, mask: bool = True
 ) -> list[list[tuple[PackedBatch, int]]]:
     """Of each rank: its batches and their bytes."""
-    keys = {"depth": 1, "document_mask": mask, "seq_len": 64, "max_rows": max_rows}
-    return [list(valid_batches(path, dp_rank=r, dp_size=ranks, micro_batch_size=size, **keys)) for r in range(ranks)]
+    keys = {"depth": 1, "document_mask": mask, "max_rows": max_rows}
+    dataset = PackedDataset(path)
+    return [list(valid_batches(dataset, dp_rank=r, dp_size=ranks, micro_batch_size=size, **keys)) for r in range(ranks)]
 
 
 @pytest.mark.parametrize("mask", [True, False])
@@ -203,7 +204,5 @@ def test_part_of_the_validation_set_is_the_same_rows_for_any_ranks(packed: Path)
 
 
 def test_validation_with_another_tokenizer_is_refused(packed: Path) -> None:
-    batches = valid_batches(packed, dp_rank=0, dp_size=1, micro_batch_size=1, depth=0, document_mask=True, seq_len=64,
-                            tokenizer_fingerprint="another")  # fmt: skip
     with pytest.raises(InputError, match="packed with tokenizer"):
-        next(batches)
+        open_dataset(packed, 64, tokenizer_fingerprint="another")

@@ -139,6 +139,16 @@ def test_a_sweep_over_layouts_goes_on_with_as_many_nodes_as_all_of_them_fit() ->
     assert json.loads(done.stdout)["job"]["worlds"] == [4]
 
 
+def test_a_sweep_over_data_speaks_of_each_data_once() -> None:
+    train = ["train", "tiny", "valid.every=0", "--run", "/shared/runs/a"]
+    sweep = ["--sweep", "data.path=/data/a,/data/b", "--sweep", "optim.lr=1e-3,2e-3"]
+    done = CliRunner().invoke(launch_cli.launch, ["slurm", "--dry-run", *sweep, "--", *train])
+    assert done.exit_code == 0, done.output
+    assert [line for line in done.stderr.splitlines() if "/data/" in line or "no data" in line] == [
+        f"perilune: /data/{name}: not seen from here; every node must see it there" for name in "ab"
+    ]
+
+
 def test_sweeps_and_times_that_cannot_be_are_refused() -> None:
     assert slurm_script.seconds("1-02:03:04") == 93784 and slurm_script.seconds(None) == 0
     assert slurm_script.parse_sweep(("a=[1,2],3",)) == (("a", ("[1,2]", "3")),)

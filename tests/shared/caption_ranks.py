@@ -54,7 +54,7 @@ def learn(run: Path, data: Path, vocab_size: int, seq_len: int) -> tuple[float, 
 
     def batches() -> list:  # type: ignore[type-arg]
         return list(
-            valid_batches(data, dp_rank=0, dp_size=1, micro_batch_size=1, depth=0, document_mask=True, seq_len=seq_len,
+            valid_batches(PackedDataset(data), dp_rank=0, dp_size=1, micro_batch_size=1, depth=0, document_mask=True,
                           vision=config.vision)
         )  # fmt: skip
 
@@ -136,8 +136,8 @@ def compared(path: Path, data: Path, classes: Path) -> Compared:
     assert net is not None
     found = captions.find(dataset, text.tokenizer)
     mine = pairs.features(loaded, dataset, found, loaded.need_tower())
-    ((batch, _),) = valid_batches(data, dp_rank=0, dp_size=1, micro_batch_size=1, depth=0, document_mask=True,
-                                  seq_len=dataset.seq_len, vision=loaded.vision)  # fmt: skip
+    ((batch, _),) = valid_batches(dataset, dp_rank=0, dp_size=1, micro_batch_size=1, depth=0, document_mask=True,
+                                  vision=loaded.vision)  # fmt: skip
     trained = pairs_of(batch)
     nowhere = torch.zeros(0, dtype=torch.int64)
     with torch.no_grad():

@@ -13,6 +13,7 @@ from perilune.parallel import mesh as meshes
 from perilune.pretrain import checkpoint
 from perilune.pretrain import config as configs
 from perilune.pretrain import model as models
+from perilune.pretrain.data.reader import PackedDataset
 from perilune.pretrain.data.stream import valid_batches
 from perilune.pretrain.errors import InputError
 from perilune.pretrain.evaluate import choices, likelihood, validation
@@ -106,13 +107,12 @@ def make_run(run: Path, config: Config) -> tuple[float, float]:
     checkpoint.save(run / "checkpoints", 7, net, None, state, config=config, keep=0)
     configs.save(config, run / "config.yaml")
     batches = valid_batches(
-        str(config.valid.path),
+        PackedDataset(str(config.valid.path)),
         dp_rank=0,
         dp_size=1,
         micro_batch_size=3,
         depth=config.model.num_nextn_predict_layers,
         document_mask=config.data.document_mask,
-        seq_len=config.data.seq_len,
     )
     return evaluate(net, batches, next_token)[:2]
 
