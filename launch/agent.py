@@ -125,7 +125,7 @@ class _Ranks:
 def main() -> int:
     """Returns the exit code of the ranks (-N: signal N)."""
     text = sys.stdin.readline()
-    if not text:  # the launcher found the run wanting
+    if not text:  # the launcher has ended
         return 0
     order = json.loads(text)
     _quiet(Path(order["log"]))

@@ -30,34 +30,8 @@ _GONE_S = 10.0  # killed processes are waited for this long
 _TAIL = 15  # lines of a failed rank's log that are shown
 
 
-def prepare(to_stderr: bool = False) -> subprocess.Popen[bytes]:
-    """An agent that imports what it needs while the run is still being checked: for `run`, which gives it its order.
-
-    It ends by itself when this process does, or when its stdin is closed. Rank 0 writes its stdout to this process's,
-    or `to_stderr`.
-    """
-    child = str(Path(__file__).with_name("child.py"))
-    agent = [sys.executable, "-P", "-m", "perilune.launch.agent"]
-    return subprocess.Popen(
-        [sys.executable, "-S", "-P", child, str(os.getpid()), "-", "-", *agent],
-        stdin=subprocess.PIPE,
-        stdout=2 if to_stderr else None,
-        start_new_session=True,
-    )
-
-
-def dismiss(agent: subprocess.Popen[bytes] | None) -> None:
-    """End an agent that is not needed."""
-    if agent is not None and agent.poll() is None:
-        agent.kill()
-        agent.wait()
-        if agent.stdin:
-            agent.stdin.close()
-
-
 def run(
     job: Job,
-    agent: subprocess.Popen[bytes] | None = None,
     to_stderr: bool = False,
     prepare_run: Callable[[], None] = lambda: None,
 ) -> int:
@@ -65,17 +39,17 @@ def run(
 
     `prepare_run` is called before it starts, once no other launch can have its folder.
 
-    Rank 0 writes its stdout to this process's, or `to_stderr` as a prepared `agent` does; everything else goes to
-    RUN/logs/rank_N.log. SIGTERM, SIGINT and SIGHUP are passed on once, and the ranks end with a checkpoint and 75; a
-    second one ends them. A rank's failure is told by the last lines of its log; a user's error by its one line. Raises
-    JobError where the run is under way already.
+    Rank 0 writes its stdout to this process's, or `to_stderr`; everything else goes to RUN/logs/rank_N.log. SIGTERM,
+    SIGINT and SIGHUP are passed on once, and the ranks end with a checkpoint and 75; a second one ends them. A rank's
+    failure is told by the last lines of its log; a user's error by its one line. Raises JobError where the run is under
+    way already.
     """
     papers = Papers(job.run_dir)
     attempts: list[_Attempt] = []
 
     def start(number: int, nodes: int) -> _Attempt:
         del nodes
-        attempts.append(_Attempt(job, papers, number, agent if number == 0 and agent else prepare(to_stderr)))
+        attempts.append(_Attempt(job, papers, number, to_stderr))
         return attempts[-1]
 
     def say(text: str) -> None:
@@ -92,7 +66,6 @@ def run(
                 papers.write(job, where(job))
                 return supervise(job, papers, start, available=lambda: 1, asked=lambda: len(asked), say=say)
         finally:
-            dismiss(agent)
             for attempt in attempts:
                 attempt.kill()
 
@@ -130,13 +103,25 @@ def _placement(job: Job) -> dict[str, str]:
     return {**found, **job.env}
 
 
+def _agent(to_stderr: bool) -> subprocess.Popen[bytes]:
+    """An agent that waits for its order on stdin. It ends by itself when this process does."""
+    child = str(Path(__file__).with_name("child.py"))
+    agent = [sys.executable, "-P", "-m", "perilune.launch.agent"]
+    return subprocess.Popen(
+        [sys.executable, "-S", "-P", child, str(os.getpid()), "-", "-", *agent],
+        stdin=subprocess.PIPE,
+        stdout=2 if to_stderr else None,
+        start_new_session=True,
+    )
+
+
 class _Attempt:
     """An agent with its order, and its ranks. `launch/supervise.py` says what the methods are for."""
 
-    def __init__(self, job: Job, papers: Papers, number: int, agent: subprocess.Popen[bytes]) -> None:
+    def __init__(self, job: Job, papers: Papers, number: int, to_stderr: bool) -> None:
         self.code: int | None = None
         self.killed = False
-        self._papers, self._agent, self._number = papers, agent, number
+        self._papers, self._agent, self._number = papers, _agent(to_stderr), number
         self._exits = exits_file(papers, number)
         self._ranks: dict[int, str] = {}  # process id -> when it started
         papers.logs.mkdir(parents=True, exist_ok=True)
@@ -151,10 +136,11 @@ class _Attempt:
             "exits": str(self._exits),
             "folder": str(job.folder),
         }
-        assert agent.stdin is not None
+        stdin = self._agent.stdin
+        assert stdin is not None
         try:
-            agent.stdin.write(json.dumps(order).encode() + b"\n")
-            agent.stdin.close()
+            stdin.write(json.dumps(order).encode() + b"\n")
+            stdin.close()
         except OSError:  # it has ended: `poll` says how
             pass
 

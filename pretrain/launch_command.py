@@ -117,24 +117,20 @@ def launch_local(**options: Any) -> int:
     from perilune.pretrain import train_command as here
 
     as_json = options["as_json"]
-    agent = None if options["dry_run"] else local.prepare(as_json)  # it imports what it needs during the checks
-    try:
-        given = asked(options["arguments"])
-        config = given.config and here.ready(given.config)
-        gpus = here.gpus_here()
-        nproc = options["nproc"] or (here.processes_here(config, gpus) if config else max(1, gpus))
-        job = job_of(given, nodes=(1, 1), procs_per_node=nproc, options=options)
-        if options["dry_run"]:
-            if config is not None:
-                here.check_data_if_seen(config, remote=False)
-            print(job.to_json() if as_json else local.describe(job))
-            return 0
-        here.refuse_second(given.run_dir)
+    given = asked(options["arguments"])
+    config = given.config and here.ready(given.config)
+    gpus = here.gpus_here()
+    nproc = options["nproc"] or (here.processes_here(config, gpus) if config else max(1, gpus))
+    job = job_of(given, nodes=(1, 1), procs_per_node=nproc, options=options)
+    if options["dry_run"]:
         if config is not None:
-            here.check_here(config, given.run_dir, nproc, gpus, given.start)
-        code = here.start_here(job, agent, as_json, prepare_run=partial(here.prepare, config, given.run_dir))
-    finally:
-        local.dismiss(agent)
+            here.check_data_if_seen(config, remote=False)
+        print(job.to_json() if as_json else local.describe(job))
+        return 0
+    here.refuse_second(given.run_dir)
+    if config is not None:
+        here.check_here(config, given.run_dir, nproc, gpus, given.start)
+    code = here.start_here(job, as_json, prepare_run=partial(here.prepare, config, given.run_dir))
     if as_json:
         _, where = Papers(job.run_dir).read()
         print(json.dumps({"job": json.loads(job.to_json()), "where": where, "code": code}))

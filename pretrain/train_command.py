@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import closing, suppress
@@ -47,41 +46,37 @@ def train_command(
     if plot is not None and not plot.parent.is_dir():
         raise InputError(f"--plot {plot}: there is no folder {plot.parent}; make it, or name a file in another")
     inside = _world_of_environment() is not None
-    agent = None if inside or dry_run else local.prepare()  # it imports what it needs during the checks
-    try:
-        config = ready(configs.resolve(preset, overrides, config_file))
-        run_dir = (run_dir or run_dir_of(config)).resolve()
-        gpus = gpus_here()
-        world = _world_of_environment() or nproc or processes_here(config, gpus)
-        if dry_run:  # a plan with what is not built yet is shown before it is refused
-            rules.check_fits(config, world)
-            print(describe(config, world, run_dir))
-            if plot is not None:
-                from perilune.pretrain.schedule_picture import draw
+    config = ready(configs.resolve(preset, overrides, config_file))
+    run_dir = (run_dir or run_dir_of(config)).resolve()
+    gpus = gpus_here()
+    world = _world_of_environment() or nproc or processes_here(config, gpus)
+    if dry_run:  # a plan with what is not built yet is shown before it is refused
+        rules.check_fits(config, world)
+        print(describe(config, world, run_dir))
+        if plot is not None:
+            from perilune.pretrain.schedule_picture import draw
 
-                print(f"{plot}: {', '.join(draw(config, rules.mesh_of(config, world).dp, plot))}")
-            rules.check(config, world)
-            check_data_if_seen(config, remote=False)
-            return 0  # the plan may be for another machine
-        if not inside:
-            refuse_second(run_dir)
-        check_here(config, run_dir, world, gpus, start)
-        if inside:
-            if int(os.environ.get("RANK", "0")) == 0:
-                prepare(config, run_dir)
-            late_compile.import_megatron_core()
-            from perilune.pretrain.run import run
+            print(f"{plot}: {', '.join(draw(config, rules.mesh_of(config, world).dp, plot))}")
+        rules.check(config, world)
+        check_data_if_seen(config, remote=False)
+        return 0  # the plan may be for another machine
+    if not inside:
+        refuse_second(run_dir)
+    check_here(config, run_dir, world, gpus, start)
+    if inside:
+        if int(os.environ.get("RANK", "0")) == 0:
+            prepare(config, run_dir)
+        late_compile.import_megatron_core()
+        from perilune.pretrain.run import run
 
-            run(config, run_dir, world, start=start, profile=profile)
-            return 0
-        again = ["train", preset, *overrides, "--run", str(run_dir)]
-        again += ["--config", str(config_file.resolve())] if config_file else []
-        again += ["--profile"] if profile else []
-        again += start.words()
-        job = Job(tuple(again), run_dir, procs_per_node=world, threads=config.train.threads, restarts=0)
-        return start_here(job, agent, prepare_run=partial(prepare, config, run_dir))
-    finally:
-        local.dismiss(agent)
+        run(config, run_dir, world, start=start, profile=profile)
+        return 0
+    again = ["train", preset, *overrides, "--run", str(run_dir)]
+    again += ["--config", str(config_file.resolve())] if config_file else []
+    again += ["--profile"] if profile else []
+    again += start.words()
+    job = Job(tuple(again), run_dir, procs_per_node=world, threads=config.train.threads, restarts=0)
+    return start_here(job, prepare_run=partial(prepare, config, run_dir))
 
 
 def ready(config: Config, remedy: str = "set valid.path, or valid.every=0") -> Config:
@@ -113,14 +108,12 @@ def check_here(config: Config, run_dir: Path, world: int, gpus: int, start: Star
         print("this CPU has no bf16 instructions: precision.compute=fp32 is at least as fast", file=sys.stderr)
 
 
-def start_here(
-    job: Job, agent: subprocess.Popen[bytes] | None, to_stderr: bool = False, *, prepare_run: Callable[[], None]
-) -> int:
+def start_here(job: Job, to_stderr: bool = False, *, prepare_run: Callable[[], None]) -> int:
     """Run `job` on this machine after `prepare_run`, and say how it ended, on stdout or `to_stderr`; returns the exit
     code. Raises InputError."""
     said = sys.stderr if to_stderr else sys.stdout
     try:
-        code = local.run(job, agent, to_stderr, prepare_run)
+        code = local.run(job, to_stderr, prepare_run)
     except JobError as error:
         raise InputError(str(error)) from error
     if code == 0 and job.arguments[0] == "train":

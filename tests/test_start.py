@@ -62,7 +62,7 @@ def test_the_launcher_checks_a_run_and_its_data_without_torch(packed: Path, tmp_
     code = f"""
 from perilune.launch import local
 from perilune.pretrain.cli import main
-local.run = lambda job, agent, to_stderr, prepare_run: print("started", job.procs_per_node) or 0
+local.run = lambda job, to_stderr, prepare_run: print("started", job.procs_per_node) or 0
 try: main(["train", "tiny", "data.path={packed}", "train.steps=1", "--run", {str(tmp_path / "run")!r}])
 except SystemExit as end: assert not end.code, end.code
 """
