@@ -19,7 +19,6 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,6 @@ from perilune.launch.judge import exits_file
 
 _EVERY_S = 0.3  # between two questions to the nodes
 _ANSWER_S = 30.0  # a node that does not answer for so long is lost
-_STORE = timedelta(seconds=600)  # for an answer of the ranks' store
 _GRACE_S = 15.0  # after one rank failed, the others have this long to notice and write why
 _FAILED = (0, PREEMPTED)
 
@@ -58,19 +56,16 @@ class NodeRanks:
     def __init__(self) -> None:
         self._children: dict[int, subprocess.Popen[bytes]] = {}
         self._ends: Ends = {}
+        self._listening: socket.socket | None = None  # the store's port, on the first node
 
     def store(self) -> tuple[str, int]:
-        """Begin the store by which the ranks find each other; its address, which is this node's alone."""
-        from torch.distributed import TCPStore
+        """Open the port at which rank 0 serves the store (`parallel/store.py`), on this node's address alone.
 
+        Rank 0 would open it on every interface, and on a port that was free a moment ago.
+        """
         host = ray.util.get_node_ip_address()
-        listening = socket.create_server((host, 0), backlog=4096)
-        port = int(listening.getsockname()[1])
-        # Rank 0 would open it on every interface, and on a port that was free a moment ago.
-        self._store = TCPStore(
-            host, port, is_master=True, wait_for_workers=False, timeout=_STORE, master_listen_fd=listening.detach()
-        )
-        return host, port
+        self._listening = socket.create_server((host, 0), backlog=4096)
+        return host, int(self._listening.getsockname()[1])
 
     def start(self, job_text: str, env: Mapping[str, str], first: int) -> None:
         """Start the ranks `first` and following."""
@@ -90,13 +85,19 @@ class NodeRanks:
             own = {"RANK": str(rank), "LOCAL_RANK": str(local)}
             if len(gpus) == job.procs_per_node:  # one process drives one GPU, and sees that one alone
                 own |= {"CUDA_VISIBLE_DEVICES": gpus[local], "LOCAL_RANK": "0"}
+            given = (self._listening.fileno(),) if rank == 0 and self._listening else ()
+            if given:
+                own |= {"PERILUNE_STORE_FD": str(given[0])}
             self._children[rank] = subprocess.Popen(
                 [sys.executable, "-S", "-P", child, str(os.getpid()), log, log, *job.command],
                 env={**common, **env, **own},
                 cwd=job.folder,
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
+                pass_fds=given,
             )
+        if self._listening:
+            self._listening.close()  # rank 0's alone: with it the store is gone, and nobody waits for it
 
     def ends(self) -> Ends:
         """The ranks that have ended."""

@@ -67,6 +67,7 @@ try: main(["train", "tiny", "data.path={packed}", "train.steps=1", "--run", {str
 except SystemExit as end: assert not end.code, end.code
 """
     assert imported(code, "perilune.pretrain.data.stream", "torch", "megatron") == ["perilune.pretrain.data.stream"]
+    assert imported("import perilune.launch.agent", "torch", "perilune.launch.job") == ["perilune.launch.job"]
 
 
 def test_a_training_process_starts_without_the_compiler() -> None:

@@ -84,15 +84,6 @@ def ranks(pid: int) -> list[int]:
     return [rank for agent in children(pid) for rank in children(agent)]
 
 
-def gone(pids: list[int]) -> bool:
-    deadline = time.monotonic() + 10
-    while time.monotonic() < deadline:
-        if not any(Path(f"/proc/{pid}").exists() for pid in pids):
-            return True
-        time.sleep(0.05)
-    return False
-
-
 def weights(run: Path) -> dict[str, Any]:
     """Weights, masters and moments of the last checkpoint, read by torch's own tool."""
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
@@ -117,13 +108,6 @@ def test_killed_stopped_and_resumed_equals_uninterrupted_bitwise(packed: Path, t
     assert "the same command continues from" in finish(stopped, 75)
     at = metrics(parts)[-1]["step"]
     assert (parts / "checkpoints" / "latest").read_text().strip() == f"step_{at:08d}"
-
-    orphaned = start(packed, parts)
-    pids = []
-    once_at(parts, at + 1, lambda: pids.extend(ranks(orphaned.pid)))
-    orphaned.kill()
-    orphaned.wait(10)
-    assert len(pids) == 2 and gone(pids), "a killed launcher left processes behind"
 
     finish(start(packed, parts))
     assert untimed(parts) == untimed(whole)
