@@ -235,6 +235,9 @@ def recompute(ctx: click.Context, preset: str, overrides: tuple[str, ...], as_js
       perilune recompute tiny
       perilune recompute proxy_100m model.num_layers=4 data.seq_len=1024 precision.compute=fp32
     """
+    from perilune.parallel.late_compile import import_megatron_core
+
+    import_megatron_core()
     from perilune.pretrain.plan.recompute import recompute_command
 
     ctx.exit(recompute_command(preset, overrides, as_json))

@@ -119,3 +119,12 @@ except SystemExit as end: assert not end.code, end.code
     modules = ("perilune.pretrain.hf.export", "tokenizers", "torch", "megatron", "transformers")
     assert imported(code, *modules) == ["perilune.pretrain.hf.export", "tokenizers"]
     assert {"model.safetensors", "tokenizer.json"} <= {file.name for file in (tmp_path / "hf").iterdir()}
+
+
+def test_text_is_generated_without_the_compiler(first_step: tuple[Path, list[str]]) -> None:
+    code = f"""
+from perilune.pretrain.cli import main
+try: main(["generate", {str(first_step[0])!r}, "--prompt", "def", "--max-new-tokens", "2"])
+except SystemExit as end: assert not end.code, end.code
+"""
+    assert imported(code, "megatron.core", "torch._inductor.compile_fx") == ["megatron.core"]

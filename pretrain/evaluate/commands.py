@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from perilune.parallel.late_compile import import_megatron_core
 from perilune.parallel.quiet import quiet
 from perilune.pretrain.errors import InputError, make_folder
 
@@ -67,6 +68,7 @@ def eval_command(
         raise InputError(no_classes)
     if sees and captions:
         about.need_text()
+    import_megatron_core()
     from perilune.pretrain.evaluate import choices, pairs, results
     from perilune.pretrain.evaluate.load import alone, load
 
@@ -168,6 +170,7 @@ def generate_command(
     text = about.need_text()
     pictures = [read_picture(path, about.need_tower()) for path in images]
     rows, shown = encode_prompts(about, prompts, max_new_tokens, pictures)
+    import_megatron_core()
     from perilune.parallel import mesh as meshes
     from perilune.pretrain.evaluate.generate import generate
     from perilune.pretrain.evaluate.load import alone, load
