@@ -4,8 +4,8 @@
 
 It ends as its ranks did: exit code 0, 75, 2 or another, or by the signal that killed the first of them. It imports no
 torch, which would double the time until a rank's first line. So it cannot serve the store by which the ranks find one
-another: it opens the port, on loopback alone, and rank 0 serves it (`parallel/store.py`). No port is free when it is
-looked for and taken when it is used.
+another: it takes a port of loopback alone, and rank 0 listens on it and serves (`parallel/store.py`). No port is free
+when it is looked for and taken when it is used; until rank 0 listens the others are refused, and try again.
 
 A rank starts by `launch/child.py`, without which it would outlive a killed agent.
 """
@@ -29,8 +29,9 @@ from perilune.launch.job import PREEMPTED
 
 LOOPBACK = "127.0.0.1"
 _LOOK_S = 0.05  # between two looks at the ranks
-_END_S = 30.0  # for the others to end by themselves once one has failed
+_END_S = 30.0  # for the others to end by themselves once one has failed, and then to be gone by SIGKILL
 _AT_ONCE_S = 1.0  # a rank that is killed makes others fail within this
+_KILLED = {-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS, -signal.SIGILL}  # by no failure of another rank
 
 
 @dataclass(frozen=True)
@@ -48,16 +49,17 @@ class _Ranks:
     def __init__(self) -> None:
         self.running: dict[int, subprocess.Popen[bytes]] = {}
         self.failed: list[_End] = []  # in the order in which they ended
-        self._asked = False
+        self._asked = self._killed = False
 
     def start(self, order: dict[str, Any]) -> None:
         """All of them."""
         child = str(Path(__file__).with_name("child.py"))
         count = order["nproc"]
-        with socket.create_server((LOOPBACK, 0), backlog=4096) as listening:
-            port = listening.getsockname()[1]
+        with socket.socket() as taken:
+            taken.bind((LOOPBACK, 0))
+            port = taken.getsockname()[1]
             common = {
-                **os.environ,
+                **{name: value for name, value in os.environ.items() if name != "PERILUNE_STORE_FD"},
                 "WORLD_SIZE": str(count),
                 "LOCAL_WORLD_SIZE": str(count),
                 "MASTER_ADDR": LOOPBACK,
@@ -67,12 +69,12 @@ class _Ranks:
             }
             for rank in range(count):
                 own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                own |= {"PERILUNE_STORE_FD": str(listening.fileno())} if rank == 0 else {}
+                own |= {"PERILUNE_STORE_FD": str(taken.fileno())} if rank == 0 else {}
                 log = str(Path(order["logs"]) / f"rank_{rank}.log")
                 self.running[rank] = subprocess.Popen(
                     [sys.executable, "-S", "-P", child, str(os.getpid()), order["stdout"], log, *order["command"]],
                     env=common | own,
-                    pass_fds=(listening.fileno(),) if rank == 0 else (),
+                    pass_fds=(taken.fileno(),) if rank == 0 else (),
                 )
 
     def wait(self) -> None:
@@ -92,28 +94,30 @@ class _Ranks:
     def first(self) -> int:
         """The rank whose end ended the others; -1 if all ended well."""
 
-        def order(end: _End) -> tuple[bool, int, int]:
+        def order(end: _End) -> tuple[bool, int, float, int]:
             # A rank that is asked to end because another has failed dies of SIGTERM, or ends as if preempted; one that
             # is killed makes others fail at once.
-            surest = {PREEMPTED: 2, -signal.SIGTERM: 3}.get(end.code, 0 if end.code < 0 else 1)
-            return end.at > self.failed[0].at + _AT_ONCE_S, surest, end.rank
+            surest = {PREEMPTED: 2, -signal.SIGTERM: 3}.get(end.code, 0 if end.code in _KILLED else 1)
+            return end.at > self.failed[0].at + _AT_ONCE_S, surest, end.at, end.rank
 
         return min(self.failed, key=order).rank if self.failed else -1
 
     def _look(self) -> bool:
         """Whether any still runs; those that do not are taken note of."""
+        now = time.monotonic()
         for rank, process in list(self.running.items()):
             if (code := process.poll()) is not None:
                 del self.running[rank]
-                if code:
-                    self.failed.append(_End(rank, code, time.monotonic()))
+                if code and not (self._killed and code == -signal.SIGKILL):  # our own kill tells nothing
+                    self.failed.append(_End(rank, code, now))
         return bool(self.running)
 
     def _end_others(self) -> None:
         self.ask()
         until = time.monotonic() + _END_S
-        while self._look():
+        while self._look() and time.monotonic() < until + _END_S:  # one that waits for a device may never go
             if time.monotonic() > until:
+                self._killed = True
                 self._send(signal.SIGKILL)
             time.sleep(_LOOK_S)
 

@@ -2,7 +2,7 @@
 
     this process (light: it imports no torch)  ->  the agent  ->  the ranks
 
-Each has the kernel kill it when the one before it is gone. The agent and its ranks are in process groups of their own,
+Each has the kernel kill it when the one before it is gone. The agent and its ranks are in a process group of their own,
 so that Ctrl-C reaches this process alone, which asks the ranks once.
 """
 
@@ -126,7 +126,6 @@ class _Attempt:
         self._ranks: dict[int, str] = {}  # process id -> when it started
         papers.logs.mkdir(parents=True, exist_ok=True)
         order = {
-            "name": job.name,
             "nproc": job.procs_per_node,
             "command": job.command,
             "env": {**job.common_env(), **_placement(job), "PERILUNE_ATTEMPT": str(number)},

@@ -56,16 +56,17 @@ class NodeRanks:
     def __init__(self) -> None:
         self._children: dict[int, subprocess.Popen[bytes]] = {}
         self._ends: Ends = {}
-        self._listening: socket.socket | None = None  # the store's port, on the first node
+        self._port: socket.socket | None = None  # the store's, on the first node
 
     def store(self) -> tuple[str, int]:
-        """Open the port at which rank 0 serves the store (`parallel/store.py`), on this node's address alone.
+        """Take the port at which rank 0 serves the store (`parallel/store.py`), on this node's address alone.
 
-        Rank 0 would open it on every interface, and on a port that was free a moment ago.
+        Rank 0 would open it on every interface, and one that was free a moment ago.
         """
         host = ray.util.get_node_ip_address()
-        self._listening = socket.create_server((host, 0), backlog=4096)
-        return host, int(self._listening.getsockname()[1])
+        self._port = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+        self._port.bind((host, 0))
+        return host, int(self._port.getsockname()[1])
 
     def start(self, job_text: str, env: Mapping[str, str], first: int) -> None:
         """Start the ranks `first` and following."""
@@ -75,7 +76,8 @@ class NodeRanks:
         child = str(Path(__file__).with_name("child.py"))
         threads = job.threads or max(1, (os.cpu_count() or 1) // job.procs_per_node)
         host = ray.util.get_node_ip_address()
-        common = {**os.environ, "OMP_NUM_THREADS": str(threads), "PERILUNE_NODE_NAME": host}
+        common = {name: value for name, value in os.environ.items() if name != "PERILUNE_STORE_FD"}
+        common |= {"OMP_NUM_THREADS": str(threads), "PERILUNE_NODE_NAME": host}
         if host.startswith("127."):
             common.setdefault("GLOO_SOCKET_IFNAME", "lo")
         gpus = [word for word in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if word]
@@ -85,7 +87,7 @@ class NodeRanks:
             own = {"RANK": str(rank), "LOCAL_RANK": str(local)}
             if len(gpus) == job.procs_per_node:  # one process drives one GPU, and sees that one alone
                 own |= {"CUDA_VISIBLE_DEVICES": gpus[local], "LOCAL_RANK": "0"}
-            given = (self._listening.fileno(),) if rank == 0 and self._listening else ()
+            given = (self._port.fileno(),) if rank == 0 and self._port else ()
             if given:
                 own |= {"PERILUNE_STORE_FD": str(given[0])}
             self._children[rank] = subprocess.Popen(
@@ -96,8 +98,8 @@ class NodeRanks:
                 start_new_session=True,
                 pass_fds=given,
             )
-        if self._listening:
-            self._listening.close()  # rank 0's alone: with it the store is gone, and nobody waits for it
+        if self._port:
+            self._port.close()  # rank 0's alone: with it the store is gone, and nobody waits for it
 
     def ends(self) -> Ends:
         """The ranks that have ended."""

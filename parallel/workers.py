@@ -19,7 +19,7 @@ from multiprocessing.connection import Connection, wait
 from types import TracebackType
 from typing import Any
 
-from perilune.parallel import late_compile
+from perilune.parallel import late_compile, store
 from perilune.parallel.quiet import quiet
 
 
@@ -130,6 +130,7 @@ def _serve(pipe: Connection, timeout_s: float) -> None:
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    store.leave()
     quiet()
     late_compile.import_megatron_core()  # before `recv`, which imports it with the function that it gets
     pipe.send((True, None))  # from now on time counts as the function's

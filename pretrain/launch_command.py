@@ -143,13 +143,13 @@ def launch_slurm(**options: Any) -> int:
     from perilune.pretrain import train_command as here
 
     given = asked(options["arguments"])
-    config = given.config and here.ready(given.config)
     gpus = options["gpus_per_node"]
     more: dict[str, Any] = {"gpus_per_node": gpus, "image": options["image"], "mounts": tuple(options["mounts"])}
     more |= {"program": ("perilune",)} if options["image"] else {}
     try:
         sweep = slurm_script.parse_sweep(options["sweep"])
         swept = _swept(given, sweep)
+        runs = swept or ([here.ready(given.config)] if given.config else [])
         job = job_of(
             given,
             nodes=options["nodes"],
@@ -171,8 +171,8 @@ def launch_slurm(**options: Any) -> int:
             site=slurm_script.Site.read(options["site"]) if options["site"] else slurm_script.Site(),
         )
         file = (options["script"] or Papers(job.run_dir).folder / "job.sh").resolve()
-        if config is not None and not options["image"]:
-            _check_data_if_seen(swept or [config], remote=not options["dry_run"])
+        if not options["image"]:
+            _check_data_if_seen(runs, remote=not options["dry_run"])
         if options["dry_run"]:
             print(
                 slurm.record(job, placement, file, []) if options["as_json"] else slurm.describe(job, placement, file)
@@ -200,10 +200,14 @@ def _swept(given: Asked, sweep: tuple[tuple[str, tuple[str, ...]], ...]) -> list
 
 
 def _check_data_if_seen(runs: Sequence[Config], *, remote: bool) -> None:
-    """Of each run, those that several share once. Raises InputError."""
+    """Of each run; once where several read the same in the same way. Raises InputError."""
     from perilune.pretrain import train_command as here
 
-    for config in {repr((config.data, config.valid)): config for config in runs}.values():
+    def read(config: Config) -> str:
+        model = config.model
+        return repr((config.data, config.valid, config.vision, model.vocab_size, model.num_nextn_predict_layers))
+
+    for config in {read(config): config for config in runs}.values():
         here.check_data_if_seen(config, remote=remote)
 
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from perilune.parallel import store
 from perilune.parallel.quiet import quiet
 from perilune.pretrain.hf.shards import parse_size
 
@@ -57,5 +58,5 @@ def import_command(folder: Path, out: Path, overrides: tuple[str, ...]) -> int:
 def _first() -> bool:
     """Whether this process does the work; it no longer belongs to the launched group then."""
     quiet()
-    os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # a group of our own is joined without the launcher's store
+    store.leave()
     return os.environ.get("RANK", "0") == "0"

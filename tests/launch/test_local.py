@@ -107,6 +107,7 @@ def test_a_run_with_a_stopped_rank_a_killed_rank_and_a_damaged_checkpoint_equals
     with started(COMMAND, *words) as process:
         until(lambda: at_step(run, 3, 0))
         stopped = until(lambda: ranks(process.pid))
+        _only_loopback([*children(process.pid), *stopped])
         os.kill(stopped[1], signal.SIGSTOP)
         began = time.monotonic()
         until(lambda: at_step(run, 5, 1))
@@ -217,16 +218,22 @@ def stop(number, frame):
     time.sleep(1.0)  # a checkpoint takes longer than a poll
     (here / f"saved_{rank}").write_text(attempt)
     sys.exit(75)
-if MODE != "deaf":
+if MODE not in ("deaf", "other follows"):
     signal.signal(signal.SIGTERM, stop)
 else:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 (here / f"up_{attempt}_{rank}").write_text(str(os.getpid()))
 print("rank", rank, "of", os.environ["WORLD_SIZE"], "with $HOME ${local_rank}", flush=True)
-if MODE == "first fails" and attempt == "0" and rank == "1":
+if MODE in ("first fails", "other follows") and attempt == "0" and rank == "1":
     while not (here / "up_0_0").exists():  # it could not be asked to end before
         time.sleep(0.02)
     sys.exit(7)
+if MODE == "other follows":  # as one does whose peer is gone
+    peer = here / "up_0_1"
+    while not peer.exists() or not peer.read_text() or Path("/proc", peer.read_text()).exists():
+        time.sleep(0.01)
+    time.sleep(0.3)
+    sys.exit(1)
 while not (here / "end").exists():
     time.sleep(0.02)
 """
@@ -252,7 +259,6 @@ def test_a_killed_launcher_takes_its_agent_and_ranks_along(tmp_path: Path) -> No
     with launched(tmp_path, "deaf") as process:
         pids = [*up(tmp_path), *children(process.pid)]
         assert len(pids) == 3
-        _only_loopback(pids)
         process.kill()
         until(lambda: not any(map(alive, pids)), 10)
 
@@ -293,6 +299,14 @@ def test_exit_code_is_that_of_the_rank_that_failed_first(tmp_path: Path) -> None
         said = finish(process, 7, 60)
     assert "perilune: rank 1 ended with exit code 7; its log: " in said
     assert (tmp_path / "saved_0").exists(), "the other was asked to end"
+
+
+def test_a_rank_that_fails_for_another_within_the_second_is_not_named(tmp_path: Path) -> None:
+    with launched(tmp_path, "other follows") as process:
+        said = finish(process, 7, 60)
+    assert "perilune: rank 1 ended with exit code 7; its log: " in said
+    exits = json.loads(next((tmp_path / "launch" / "failures").glob("attempt_000_exits.json")).read_text())
+    assert exits == {"first": 1, "exits": {"1": 7, "0": 1}}
 
 
 FULL = """

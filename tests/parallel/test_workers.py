@@ -19,8 +19,11 @@ def test_processes_have_a_gpu_each_or_none(gpus: int, seen: str, monkeypatch: py
     """NCCL refuses two processes on one GPU."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    for name, given in (("TORCHELASTIC_USE_AGENT_STORE", "True"), ("PERILUNE_STORE_FD", "0")):  # as in a launched rank
+        monkeypatch.setenv(name, given)
     with Workers(2) as pool:
         assert pool.run(1, os.getenv, "CUDA_VISIBLE_DEVICES") == [seen]
+        assert pool.run(1, os.getenv, "PERILUNE_STORE_FD") == [None]
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1"
 
 
