@@ -104,13 +104,17 @@ def eval_command(
             results.board(loaded.run_dir, result, answers)
         except OSError as error:  # somebody else's run, perhaps: the figures themselves are there
             print(f"perilune: not in {loaded.run_dir}'s TensorBoard: {error}", file=sys.stderr)
+    _print(result, out, as_json)
+    return 0
+
+
+def _print(result: dict[str, Any], out: Path | None, as_json: bool) -> None:
     if as_json:
         print(json.dumps(result, allow_nan=False))
-    else:
-        print(_told(result))
-        if out is not None:
-            print(f"results: {out}")
-    return 0
+        return
+    print(_told(result))
+    if out is not None:
+        print(f"results: {out}")
 
 
 def _asked(
